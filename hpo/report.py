@@ -1,0 +1,740 @@
+"""A study as one page and as figures.
+
+Owns: `View` (what is shown), `figures` (plotly), `render` and `write` (one HTML file that needs no network).
+Must not know: stores, Ray, how a certificate is made.
+
+Plotly reads a little HTML in its texts and the page is HTML, so every text from outside is escaped: by jinja2 in the
+template (`report.html.j2`), by `html.escape` in figures. Colours are those of Okabe and Ito (2008), which colour-blind
+readers can tell apart; nothing is said by colour alone.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from html import escape
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from hpo.certificate import Certificate
+from hpo.importance import importance, position, reason
+from hpo.objectives import Objective, losses
+from hpo.pareto import eligible
+from hpo.space import Choice, Float, Int, Space
+from hpo.trial import Trial
+
+ROWS = 20  # held-out rows shown
+ENDED = 200  # trials without a result shown
+BLUE, VERMILLION, BLACK, GREY, SKY = "#0072B2", "#D55E00", "#000000", "#999999", "#56B4E9"
+STATES = {  # colour and symbol
+    "complete": (BLUE, "circle"),
+    "stopped": (SKY, "triangle-down"),
+    "infeasible": ("#E69F00", "square"),
+    "diverged": ("#CC79A7", "triangle-up"),
+    "failed": (VERMILLION, "x"),
+    "cancelled": (GREY, "line-ew-open"),
+    "running": ("#009E73", "circle-open"),
+}
+RING = {"color": BLACK, "size": 16, "symbol": "diamond-open", "line": {"width": 2}}
+STAR = {"color": VERMILLION, "size": 17, "symbol": "star", "line": {"color": "white", "width": 1}}
+TITLES = {
+    "accuracy": "validation accuracy",
+    "loss": "validation loss",
+    "seconds": "training time",
+    "peak_bytes": "peak memory",
+    "device_hours": "device time",
+    "adapter_bytes": "adapter size",
+    "tokens_per_second": "throughput",
+}
+
+
+@dataclass(frozen=True)
+class View:
+    """What a report shows: a study with all its trials, its front, and what is certified of its winner."""
+
+    name: str
+    description: str
+    objectives: tuple[Objective, ...]
+    space: Space
+    trials: Sequence[Trial]
+    front: Sequence[Trial]
+    certificate: Certificate | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def axes(self) -> list[Axis]:
+        return [_axis(objective, self.trials) for objective in self.objectives]
+
+    @cached_property
+    def complete(self) -> list[Trial]:
+        return [trial for trial in self.trials if eligible(trial)]
+
+    @cached_property
+    def winner(self) -> Trial | None:
+        number = self.certificate.winner if self.certificate else None
+        return next((trial for trial in self.trials if trial.number == number), None)
+
+    @cached_property
+    def defaults(self) -> Trial | None:
+        return next((trial for trial in self.trials if trial.origin == "defaults"), None)
+
+    def roles(self, trial: Trial) -> list[str]:
+        named = {"winner": self.winner, "defaults": self.defaults}
+        return [role for role, known in named.items() if known is not None and known.number == trial.number]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An objective with the unit it is shown in: value shown = value x factor."""
+
+    objective: Objective
+    title: str
+    unit: str
+    factor: float
+    digits: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.title} ({self.unit})" if self.unit else self.title
+
+    def of(self, trial: Trial) -> float | None:
+        loss = self.objective.loss(trial.outcome) if trial.outcome else None
+        return None if loss is None else self.objective.of(trial.outcome) * self.factor
+
+    def text(self, shown: float | None) -> str:
+        return "–" if shown is None else f"{shown:,.{self.digits}f}"
+
+    def measure(self, trial: Trial) -> str:
+        return f"{self.text(self.of(trial))}\u00a0{self.unit}".rstrip()
+
+
+def figures(view: View) -> dict[str, Any]:
+    """Returns the plotly figures that the study has data for.
+
+    Keys: front (the first pair of objectives; others as front_<y>_<x>), trials, parallel, importance, curves, scores.
+    """
+    made = {}
+    pairs = [(y, x) for i, y in enumerate(view.axes) for x in view.axes[i + 1 :]]
+    for i, (y, x) in enumerate(pairs):
+        name = f"front_{y.objective.name}_{x.objective.name}" if i else "front"
+        made[name] = _front(view, x, y)
+    made |= {
+        "trials": _trials(view),
+        "parallel": _parallel(view),
+        "importance": _importance(view),
+        "curves": _curves(view),
+        "scores": _scores(view),
+    }
+    return {name: figure for name, figure in made.items() if figure is not None}
+
+
+def render(view: View) -> str:
+    """Returns one self-contained HTML page."""
+    from importlib import resources
+
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+    from plotly.io import to_html
+    from plotly.offline import get_plotlyjs
+
+    # The bar of buttons would lie on the legends; zoom by dragging, and back by a double click, work without it.
+    config = {"displayModeBar": False, "responsive": True}
+    drawn = {
+        # The name of an objective is the user's, so it does not become an id.
+        name: Markup(to_html(figure, config, full_html=False, include_plotlyjs=False, div_id=f"figure-{i}"))
+        for i, (name, figure) in enumerate(figures(view).items())
+    }
+    template = resources.files("hpo").joinpath("report.html.j2").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    silent: dict[str, list[str]] = {}
+    for axis in view.axes:
+        if why := reason(view.space, view.trials, axis.objective):
+            silent.setdefault(why, []).append(axis.title)
+    return environment.from_string(template).render(
+        view=view,
+        plotly=Markup(get_plotlyjs()),
+        figures=drawn,
+        fronts=[figure for name, figure in drawn.items() if name.startswith("front")],
+        summary=_summary(view),
+        table=_table(view),
+        undrawn=_counts(trial for trial in view.trials if not eligible(trial)),
+        silent=silent,
+        scores=_scored(view),
+        answers=_answers(view),
+        ended=_ended(view),
+        more=max(0, sum(_without_result(trial) for trial in view.trials) - ENDED),
+        machine=_machine(view),
+    )
+
+
+def write(view: View, path: str | Path) -> Path:
+    """Writes the page to `path` and returns it; a reader never sees half a page."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(render(view), encoding="utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+# Units and words
+
+
+def _axis(objective: Objective, trials: Sequence[Trial]) -> Axis:
+    values = [abs(objective.of(t.outcome)) for t in trials if eligible(t) and objective.loss(t.outcome) is not None]
+    top = max(values, default=0.0)
+    unit, factor = objective.unit, 1.0
+    if objective.name == "accuracy":
+        unit, factor = "%", 100.0
+    elif unit == "bytes":
+        unit, factor = ("GB", 1e-9) if top >= 1e10 else ("MB", 1e-6) if top >= 1e5 else ("kB", 1e-3)
+    elif unit == "s":
+        unit, factor = ("h", 1 / 3600) if top >= 36_000 else ("min", 1 / 60) if top >= 600 else ("s", 1.0)
+    # Three significant digits of the largest value, four where nothing scales it (a loss of 1.234).
+    wanted = 4 if unit == objective.unit and unit != "s" else 3
+    digits = wanted - 1 - math.floor(math.log10(top * factor)) if top else 1
+    digits = 1 if unit == "%" else min(max(digits, 0), 6)
+    return Axis(objective, TITLES.get(objective.name, objective.name.replace("_", " ")), unit, factor, digits)
+
+
+def _plain(value: Any, log: bool = False) -> str:
+    """Returns a setting as people write it; small numbers of a log range all with an exponent."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        small = 0.1 if log else 0.001
+        return f"{value:.1e}" if value and (abs(value) < small or abs(value) >= 1e6) else f"{value:.4g}"
+    if isinstance(value, (tuple, list)):
+        return ", ".join(map(_plain, value))
+    return str(value)
+
+
+def _setting(view: View, trial: Trial, name: str) -> str:
+    log = getattr(view.space[name], "log", False)
+    return _plain(getattr(trial.recipe, name, trial.params.get(name)), log)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}".replace("-", "−")
+
+
+def _counts(trials: Iterable[Trial]) -> str:
+    counted = Counter(trial.state for trial in trials)
+    return ", ".join(f"{counted[state]} {state}" for state in STATES if counted[state])
+
+
+def _hover(view: View, trial: Trial) -> str:
+    lines = [f"<b>{' – '.join([f'trial {trial.number}', *view.roles(trial)])}</b>"]
+    lines += [f"{axis.title}: {axis.measure(trial)}" for axis in view.axes]
+    lines += [f"{name}: {_setting(view, trial, name)}" for name in view.space]
+    return "<br>".join([lines[0], *map(escape, lines[1:])])
+
+
+# Figures
+
+
+def _layout(height: int = 420, **more) -> dict[str, Any]:
+    return {
+        "template": "plotly_white",
+        "height": height,
+        "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 13, "color": "#222"},
+        "margin": {"l": 65, "r": 20, "t": 50, "b": 50},
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        "hovermode": "closest",
+        "hoverlabel": {"align": "left"},
+    } | more
+
+
+def _bars(values, lows, highs, **style) -> dict[str, Any]:
+    up = [max(0.0, high - value) for value, high in zip(values, highs, strict=True)]
+    down = [max(0.0, value - low) for value, low in zip(values, lows, strict=True)]
+    return {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 1.2} | style
+
+
+def _dots(view: View, trials: Sequence[Trial], xs, ys, name: str, **style):
+    import plotly.graph_objects as go
+
+    texts = [_hover(view, trial) for trial in trials]
+    style = {"mode": "markers", "hoverinfo": "text", "hovertext": texts} | style
+    return go.Scatter(x=list(xs), y=list(ys), name=name, **style)
+
+
+def _front(view: View, x: Axis, y: Axis):
+    import plotly.graph_objects as go
+
+    place = {t.number: (x.of(t), y.of(t)) for t in view.complete if x.of(t) is not None and y.of(t) is not None}
+    if not place:
+        return None
+
+    def dots(trials, name, **style):
+        trials = [trial for trial in trials if trial is not None and trial.number in place]
+        xs, ys = [place[trial.number][0] for trial in trials], [place[trial.number][1] for trial in trials]
+        return _dots(view, trials, xs, ys, name, **style)
+
+    members = {trial.number for trial in view.front}
+    front = sorted((trial for trial in view.front if trial.number in place), key=lambda t: place[t.number])
+    figure = go.Figure(layout=_layout(height=400))
+    rest = [trial for trial in view.complete if trial.number not in members]
+    figure.add_trace(dots(rest, "other complete trials", marker={"color": GREY, "size": 8, "opacity": 0.5}))
+    if len(view.axes) == 2:
+        # The edge of what the front attains; with more objectives a projection has no such edge.
+        shape = "hv" if x.objective.goal == "minimize" else "vh"
+        xs, ys = zip(*(place[trial.number] for trial in front), strict=True) if front else ((), ())
+        line = {"color": BLUE, "width": 1, "shape": shape, "dash": "dot"}
+        figure.add_trace(go.Scatter(x=xs, y=ys, mode="lines", line=line, hoverinfo="skip", showlegend=False, name="edge"))
+    bars = {f"error_{side}": bar for side, axis in (("x", x), ("y", y)) if (bar := _binomial(axis, front))}
+    marker = {"color": BLUE, "size": 10}
+    texts = _labels(front, place)
+    figure.add_trace(dots(front, "front", marker=marker, mode="markers+text", text=texts, textposition="bottom right", **bars))
+    _add_measured(view, figure, x, y, place)
+    for trial, role, marker in ((view.defaults, "defaults", RING), (view.winner, "winner", STAR)):
+        if trial is not None and trial.number in place:
+            figure.add_trace(dots([trial], f"{role} (trial {trial.number})", marker=marker))
+    for side, axis in ((0, x), (1, y)):
+        values = [point[side] for point in place.values()]
+        log = min(values) > 0 and max(values) / min(values) > 30
+        update = figure.update_yaxes if side else figure.update_xaxes
+        update(title=escape(axis.label), type="log" if log else "linear", zeroline=False)
+    return figure
+
+
+def _add_measured(view: View, figure, x: Axis, y: Axis, place) -> None:
+    # Times taken while other trials ran and times taken alone are two things, so each has its own mark.
+    measured = view.certificate.measured if view.certificate else {}
+    trials = [trial for trial in view.complete if trial.number in measured and trial.number in place]
+    side = next((side for side, axis in (("x", x), ("y", y)) if axis.objective.name == "seconds"), None)
+    if side is None or not trials:
+        return
+    axis = x if side == "x" else y
+    found = [measured[trial.number] for trial in trials]
+    alone = [one.seconds * axis.factor for one in found]
+    xs = alone if side == "x" else [place[trial.number][0] for trial in trials]
+    ys = alone if side == "y" else [place[trial.number][1] for trial in trials]
+    error = _bars(alone, [axis.factor * one.low for one in found], [axis.factor * one.high for one in found])
+    marker = {"color": "#009E73", "size": 9, "symbol": "line-ns-open" if side == "x" else "line-ew-open"}
+    marker["line"] = {"width": 2}
+    figure.add_trace(_dots(view, trials, xs, ys, "front, timed alone", marker=marker, **{f"error_{side}": error}))
+
+
+def _binomial(axis: Axis, trials: Sequence[Trial]) -> dict[str, Any] | None:
+    """Returns 95 % error bars of an accuracy over so many validation rows (normal approximation), or None."""
+    counts = [trial.outcome.conditions.get("validation_rows") for trial in trials]
+    if axis.objective.name != "accuracy" or not any(counts):
+        return None
+    shares = [axis.of(trial) / axis.factor for trial in trials]
+    spread = [1.96 * math.sqrt(max(p * (1 - p), 0) / n) if n else 0 for p, n in zip(shares, counts, strict=True)]
+    ends = [(max(p - s, 0), min(p + s, 1)) for p, s in zip(shares, spread, strict=True)]
+    values, lows, highs = ([axis.factor * v for v in side] for side in (shares, *zip(*ends, strict=True)))
+    return _bars(values, lows, highs, color=SKY)
+
+
+def _labels(trials: Sequence[Trial], place) -> list[str]:
+    # A number beside each point, but not where an earlier one would be written over.
+    spans = [max(axis) - min(axis) or 1.0 for axis in zip(*place.values(), strict=True)]
+    taken: list[tuple[float, float]] = []
+    texts = []
+    for trial in trials:
+        at = tuple(value / span for value, span in zip(place[trial.number], spans, strict=True))
+        free = all(abs(at[0] - x) > 0.06 or abs(at[1] - y) > 0.07 for x, y in taken)
+        texts.append(str(trial.number) if free else "")
+        taken += [at] if free else []
+    return texts
+
+
+def _trials(view: View):
+    if not view.trials or not view.axes:
+        return None
+    from plotly.subplots import make_subplots
+
+    axis = view.axes[0]
+    valued = sorted((t for t in view.complete if axis.of(t) is not None), key=lambda t: t.number)
+    known = {trial.number for trial in valued}
+    others = [trial for trial in view.trials if trial.number not in known]
+    states = [state for state in reversed(STATES) if any(trial.state == state for trial in others)]
+    # A panel without a trial shrinks to nothing.
+    share = 0.999 if not valued else min(0.5, 0.07 * len(states) + 0.03) if states else 0.001
+    figure = make_subplots(2, 1, shared_xaxes=True, row_heights=[1 - share, share], vertical_spacing=0.04)
+    better = max if axis.objective.goal == "maximize" else min
+    values = [axis.of(trial) for trial in valued]
+    numbers = [trial.number for trial in valued]
+    line = {"color": BLUE, "width": 1.5, "shape": "hv"}
+    figure.add_trace(
+        _dots(view, valued, numbers, accumulate(values, better), "best so far", mode="lines", line=line, hoverinfo="skip"), 1, 1
+    )
+    marker = {"color": BLUE, "size": 8, "symbol": "circle"}
+    figure.add_trace(_dots(view, valued, numbers, values, "complete", marker=marker), 1, 1)
+    for trial, role, marker in ((view.defaults, "defaults", RING), (view.winner, "winner", STAR)):
+        if trial is not None and trial.number in known:
+            dot = _dots(view, [trial], [trial.number], [axis.of(trial)], role, marker=marker)
+            figure.add_trace(dot, 1, 1)
+    for state in states:
+        color, symbol = STATES[state]
+        these = [trial for trial in others if trial.state == state]
+        marker = {"color": color, "symbol": symbol, "size": 9, "line": {"width": 2, "color": color}}
+        # Their row says what they are, so they need no place in the legend.
+        dots = _dots(view, these, [t.number for t in these], [state] * len(these), state, marker=marker)
+        figure.add_trace(dots.update(showlegend=False), 2, 1)
+    figure.update_layout(_layout(height=(360 if valued else 110) + 26 * len(states)))
+    figure.update_yaxes(title=escape(axis.label), zeroline=False, visible=bool(valued), row=1, col=1)
+    figure.update_yaxes(type="category", row=2, col=1, automargin=True, visible=bool(states))
+    last = max(trial.number for trial in view.trials)
+    figure.update_xaxes(title="trial", row=2, col=1, dtick=1 if last < 12 else None)
+    figure.update_xaxes(zeroline=False, range=[-0.7, last + 0.7])
+    return figure
+
+
+def _parallel(view: View):
+    trials = [t for t in view.complete if losses(t, view.objectives) is not None and view.space.contains(t.params)]
+    columns = [*view.space, *view.axes]
+    if not trials or len(columns) < 2:
+        return None
+    import plotly.graph_objects as go
+
+    figure = go.Figure(layout=_layout(height=440))
+    scales = [_column(view.space[c], c) if isinstance(c, str) else _outcomes(c, trials) for c in columns]
+    ranked = sorted(trials, key=lambda trial: losses(trial, view.objectives))
+    quarters = ["best quarter", "second quarter", "third quarter", "last quarter"] if len(trials) >= 8 else ["trials"]
+    shades = ["#08519c", "#6baed6", "#bdd7e7", "#dcdcdc"]
+    groups = [
+        (
+            name,
+            ranked[i * len(ranked) // len(quarters) : (i + 1) * len(ranked) // len(quarters)],
+            shades[i],
+            2.2 - i / 3,
+        )
+        for i, name in enumerate(quarters)
+    ]
+    groups.insert(0, ("winner", [t for t in trials if "winner" in view.roles(t)], VERMILLION, 4))
+    for name, members, color, width in reversed(groups):
+        xs: list[float | None] = []
+        ys: list[float | None] = []
+        texts: list[str] = []
+        for trial in members:
+            xs += [*range(len(columns)), None]
+            ys += [*(place(trial) for place, _ in scales), None]
+            texts += [_hover(view, trial)] * (len(columns) + 1)
+        style = {"line": {"color": color, "width": width}, "marker": {"size": 5 + width}, "connectgaps": False}
+        text = {"hoverinfo": "text", "hovertext": texts}
+        if members:
+            figure.add_trace(go.Scatter(x=xs, y=ys, name=name, mode="lines+markers", **style, **text))
+    for i, (_, ticks) in enumerate(scales):
+        for at, text in ticks:
+            label = {"text": escape(text), "xanchor": "left", "xshift": 7, "bgcolor": "rgba(255,255,255,0.8)"}
+            figure.add_annotation(x=i, y=at, showarrow=False, font={"size": 11}, borderpad=1, **label)
+    # One word a line: many names stand side by side.
+    names = [_over(view.space, c) if isinstance(c, str) else c.label for c in columns]
+    broken = [escape(name).replace("_", "_<br>").replace(" ", "<br>").replace("<br>/", " /") for name in names]
+    figure.update_xaxes(tickvals=list(range(len(columns))), ticktext=broken, tickangle=0, range=[-0.3, len(columns) - 0.35])
+    figure.update_xaxes(gridcolor="#777", zeroline=False)
+    figure.update_yaxes(visible=False, range=[-0.06, 1.06])
+    figure.update_layout(legend_traceorder="reversed")
+    return figure
+
+
+def _over(space: Space, name: str) -> str:
+    return f"{name} / {space[name].times}" if space[name].times else name
+
+
+def _column(dimension: Float | Int | Choice, name: str):
+    # Returns (trial -> place or None where the dimension does not exist, [(place, text)]).
+    levels = dimension.values if isinstance(dimension, Choice) else dimension.levels(3)
+    ticks = [(position(dimension, level), _plain(level, getattr(dimension, "log", False))) for level in levels]
+    return lambda trial: position(dimension, trial.params[name]) if name in trial.params else None, ticks
+
+
+def _outcomes(axis: Axis, trials: Sequence[Trial]):
+    # Better is up on every objective, whatever its goal.
+    values = [axis.of(trial) for trial in trials]
+    low, high = min(values), max(values)
+    if axis.objective.goal == "minimize":
+        low, high = high, low
+    if low == high:
+        return lambda trial: 0.5, [(0.5, axis.text(low))]
+    ticks = [(at, axis.text(low + at * (high - low))) for at in (0, 0.5, 1)]
+    return lambda trial: (axis.of(trial) - low) / (high - low), ticks
+
+
+def _importance(view: View):
+    found = [(axis, importance(view.space, view.trials, axis.objective)) for axis in view.axes]
+    found = [(axis, items) for axis, items in found if items]
+    if not found:
+        return None
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    order = [_over(view.space, name) for name in reversed(list(dict.fromkeys(i.name for _, items in found for i in items)))]
+    titles = [escape(axis.title) for axis, _ in found]
+    figure = make_subplots(1, len(found), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.05)
+    for column, (axis, items) in enumerate(found, start=1):
+        shares, lows, highs = (
+            [100 * part for part in side] for side in zip(*((i.share, i.low, i.high) for i in items), strict=True)
+        )
+        texts = [f"{i.name}: {100 * i.share:.0f} % ({100 * i.low:.0f} to {100 * i.high:.0f} %)" for i in items]
+        bars = go.Bar(
+            x=shares,
+            y=[escape(_over(view.space, item.name)) for item in items],
+            orientation="h",
+            name=escape(axis.title),
+            error_x=_bars(shares, lows, highs, color="#444"),
+            marker={"color": BLUE},
+            hoverinfo="text",
+            hovertext=[escape(text) for text in texts],
+            textposition="none",
+        )
+        figure.add_trace(bars, 1, column)
+    figure.update_layout(_layout(height=130 + 32 * len(order), showlegend=False))
+    figure.update_annotations(font_size=13)
+    figure.update_xaxes(title="share (%)", range=[0, 105], dtick=25)
+    figure.update_yaxes(automargin=True, ticksuffix="  ", categoryorder="array", categoryarray=[escape(name) for name in order])
+    return figure
+
+
+def _curves(view: View):
+    drawn = [trial for trial in view.trials if trial.curve]
+    names = list(dict.fromkeys(name for trial in drawn for point in trial.curve for name in point.metrics))
+    names = [name for name in ("accuracy", "loss") if name in names] or names[:2]
+    if not names:
+        return None
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    front = {trial.number for trial in view.front}
+    chosen = {trial.number for trial in (view.winner, view.defaults) if trial is not None}
+    groups = [
+        (
+            "other trials",
+            [t for t in drawn if t.number not in front | chosen],
+            {"color": "#c4c4c4", "width": 1},
+            "circle",
+        ),
+        ("front", [t for t in drawn if t.number in front - chosen], {"color": BLUE, "width": 1.5}, "circle"),
+        ("defaults", [view.defaults], {"color": BLACK, "width": 2, "dash": "dash"}, "diamond"),
+        ("winner", [view.winner], {"color": VERMILLION, "width": 3}, "star"),
+    ]
+    figure = make_subplots(1, len(names), horizontal_spacing=0.11)
+    for column, metric in enumerate(names, start=1):
+        factor = 100 if metric == "accuracy" else 1
+        for label, trials, line, symbol in groups:
+            xs, ys, texts = [], [], []
+            for trial in trials:
+                points = [point for point in (trial.curve if trial else ()) if metric in point.metrics]
+                xs += [*(100 * point.share for point in points), None]
+                ys += [*(factor * point.metrics[metric] for point in points), None]
+                texts += [f"trial {trial.number}, {trial.state}<br>{p.tokens:,} tokens" for p in points] + [""]
+            if len(xs) > len(trials):
+                marker = {"size": 6, "symbol": symbol}
+                style = {"line": line, "marker": marker, "legendgroup": label, "showlegend": column == 1}
+                trace = go.Scatter(x=xs, y=ys, mode="lines+markers", name=label, hovertext=texts, **style)
+                figure.add_trace(trace.update(hoverinfo="text+y"), 1, column)
+        # A diverged trial would press all others flat, so complete ones set the range where there are any.
+        values = [factor * p.metrics[metric] for t in view.complete for p in t.curve if metric in p.metrics]
+        room = 0.06 * (max(values) - min(values)) if values else 0
+        span = [min(values) - room, max(values) + room] if room else None
+        unit = {"accuracy": " (%)", "loss": " (nats/token)"}.get(metric, "")
+        figure.update_yaxes(title=escape(TITLES.get(metric, metric) + unit), range=span, zeroline=False, col=column)
+    figure.update_xaxes(title="share of the training done (%)", range=[-2, 103], zeroline=False)
+    figure.update_layout(_layout(height=380))
+    return figure
+
+
+def _scores(view: View):
+    scores = view.certificate.scores if view.certificate else ()
+    if not scores:
+        return None
+    import plotly.graph_objects as go
+
+    values = [100 * score.accuracy.value for score in scores]
+    lows, highs = ([100 * end for end in ends] for ends in zip(*((s.accuracy.low, s.accuracy.high) for s in scores), strict=True))
+    error = _bars(values, lows, highs, width=8)
+    colors = {"untuned": "#bbbbbb", "defaults": SKY, "winner": VERMILLION}
+    labels = [escape(score.who) for score in scores]
+    marker = {"color": [colors.get(score.who, GREY) for score in scores]}
+    # Numbers stand inside the foot of each bar, where no error bar crosses them.
+    text = {"text": [f"{value:.1f} %" for value in values], "textposition": "inside", "insidetextanchor": "start"}
+    bars = go.Bar(x=labels, y=values, error_y=error, marker=marker, width=0.55, hoverinfo="skip", **text)
+    figure = go.Figure(bars, layout=_layout(height=340, margin={"l": 65, "r": 20, "t": 20, "b": 40}))
+    figure.update_traces(insidetextfont={"color": "black", "size": 14})
+    top = max(highs)
+    figure.update_yaxes(title="accuracy on test rows (%)", range=[0, min(102, 1.1 * top) or 1])
+    return figure
+
+
+# Words and tables of the page
+
+
+def _summary(view: View) -> list[str]:
+    sentences = []
+    if view.certificate is not None:
+        sentences += _claims(view, view.certificate)
+    elif view.front:
+        best, axis = view.front[0], view.axes[0]
+        sentences.append(f"So far trial {best.number} leads in {axis.title}, with {axis.measure(best)}.")
+        sentences.append("Nothing is certified yet: this value was picked as the best of many and is likely too good.")
+    else:
+        sentences.append("No trial is complete with a value for every objective, so there is no front and no winner.")
+    times = [time for trial in view.trials for time in (trial.started, trial.finished) if time is not None]
+    spent = sum(t.outcome.seconds for t in view.trials if t.outcome and t.outcome.seconds)
+    count = len(view.trials)
+    counted = f"{count} trial{'' if count == 1 else 's'}" + (f": {_counts(view.trials)}." if count else ".")
+    sentences.append(counted)
+    if len(times) > 1:
+        sentences.append(f"From the first start to the last end {_duration(max(times) - min(times))} passed.")
+    if spent:
+        sentences.append(f"Training steps alone took {_duration(spent)}, summed over trials.")
+    return sentences
+
+
+def _claims(view: View, certificate: Certificate) -> list[str]:
+    is_defaults = view.defaults is not None and certificate.winner == view.defaults.number
+    why = certificate.reason.strip().rstrip(".")
+    said = [f"The winner is trial {certificate.winner}{', the defaults themselves' if is_defaults else ''}."]
+    said += [f"Why: {why}."] if why else []
+    score = {one.who: one for one in certificate.scores}
+    if "winner" in score:
+        own = score["winner"]
+        others = [
+            f"{100 * score[who].accuracy.value:.1f} % for {name}"
+            for who, name in (("defaults", "the defaults"), ("untuned", "the untuned model"))
+            if who in score and not (is_defaults and who == "defaults")
+        ]
+        against = f", against {' and '.join(others)}" if others else ""
+        interval = f"{100 * own.accuracy.low:.1f} to {100 * own.accuracy.high:.1f}"
+        share = f"{100 * own.accuracy.value:.1f} % (95 % interval {interval})"
+        said.append(f"On {own.rows:,} test rows that no trial saw its accuracy is {share}{against}.")
+    gain = certificate.gain
+    if is_defaults:
+        return said
+    if gain is None:
+        return [*said, "The gain over the defaults was not measured."]
+    span = f"95 % interval {_points(gain.low)} to {_points(gain.high)}"
+    if gain.low > 0:
+        said.append(f"That is a gain of {_points(gain.value)} percentage points over the defaults ({span}).")
+    elif gain.high < 0:
+        said.append(f"That is a loss against the defaults of {_points(gain.value)} percentage points ({span}).")
+    else:
+        said.append(
+            f"That is a tie with the defaults: the difference is {_points(gain.value)} percentage points, "
+            f"and its {span} includes 0."
+        )
+    both = view.winner in view.complete and view.defaults in view.complete
+    costs = [
+        f"{axis.title} {axis.measure(view.winner)} (defaults {axis.measure(view.defaults)})"
+        for axis in view.axes
+        if both and axis.objective.name != "accuracy"
+    ]
+    return [*said, f"During the search: {', '.join(costs)}."] if costs else said
+
+
+def _table(view: View) -> dict[str, Any] | None:
+    if not view.front and view.winner is None:
+        return None
+    shown = list(view.front)
+    numbers = {trial.number for trial in shown}
+    for trial in (view.winner, view.defaults):
+        if trial is not None and trial.number not in numbers:
+            shown.append(trial)
+            numbers.add(trial.number)
+    measured = view.certificate.measured if view.certificate else {}
+    time = next((axis for axis in view.axes if axis.objective.name == "seconds"), None)
+    time = time or Axis(view.objectives[0], "training time", "s", 1.0, 1)
+    members = {trial.number for trial in view.front}
+    lines = []
+    for trial in shown:
+        alone = measured.get(trial.number)
+        cells = [_setting(view, trial, name) for name in view.space] + [axis.text(axis.of(trial)) for axis in view.axes]
+        if measured and alone:
+            value, low, high = (time.text(time.factor * part) for part in (alone.seconds, alone.low, alone.high))
+            cells.append(f"{value} [{low}–{high}]")
+        elif measured:
+            cells.append("–")
+        lines.append((trial, view.roles(trial), trial.number in members, cells))
+    heads = [*view.space, *(axis.label for axis in view.axes)]
+    if measured:
+        heads.append(f"time alone ({time.unit}) [range]")
+    return {"heads": heads, "lines": lines}
+
+
+def _scored(view: View) -> list[tuple[str, ...]]:
+    return [
+        (
+            score.who,
+            "–" if score.number is None else str(score.number),
+            f"{score.rows:,}",
+            f"{100 * score.accuracy.value:.1f} [{100 * score.accuracy.low:.1f}–{100 * score.accuracy.high:.1f}]",
+            f"{score.loss:.3f}",
+        )
+        for score in (view.certificate.scores if view.certificate else ())
+    ]
+
+
+def _answers(view: View) -> dict[str, Any] | None:
+    """Returns the held-out rows to show: what the winner lost first, then what it won, then what both missed."""
+    rows = view.certificate.rows if view.certificate else ()
+    if not rows:
+        return None
+
+    def right(answer: str | None, row) -> bool | None:
+        return None if answer is None else answer.strip() == row.expected.strip()
+
+    def order(row) -> int:
+        before, after = right(row.defaults if row.defaults is not None else row.untuned, row), right(row.winner, row)
+        return {(True, False): 0, (False, True): 1, (False, False): 2, (True, True): 3}[before, after]
+
+    shown = sorted(rows, key=order)[:ROWS]
+    lines = [(row, [(text, right(text, row)) for text in (row.untuned, row.defaults, row.winner)]) for row in shown]
+    counts = Counter(map(order, rows))
+    return {"lines": lines, "rows": len(rows), "lost": counts[0], "won": counts[1], "against": (
+        "defaults" if any(row.defaults is not None for row in rows) else "untuned model")}  # fmt: skip
+
+
+def _without_result(trial: Trial) -> bool:
+    return trial.final and trial.state != "complete"
+
+
+def _ended(view: View) -> list[tuple[Trial, str, str]]:
+    lines = []
+    for trial in [trial for trial in view.trials if _without_result(trial)][:ENDED]:
+        why = trial.error or (trial.outcome.reason if trial.outcome else "") or "no reason was recorded"
+        lines.append((trial, why, ", ".join(f"{name} {_setting(view, trial, name)}" for name in view.space)))
+    return lines
+
+
+def _machine(view: View) -> list[tuple[str, str]]:
+    told = dict(_flat(view.certificate.machine)) if view.certificate else {}
+    seen: dict[str, list[Any]] = {}
+    for trial in view.trials:
+        for name, value in _flat(trial.outcome.conditions if trial.outcome else {}):
+            seen.setdefault(name, []).append(value)
+    lines = {name: _plain(value) for name, value in told.items()}
+    for name, values in seen.items():
+        texts = list(dict.fromkeys(map(_plain, values)))
+        numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+        text = f"{_plain(min(values))} to {_plain(max(values))}" if numbers else ", ".join(texts[:6])
+        text = texts[0] if len(texts) == 1 else text + (", …" if not numbers and len(texts) > 6 else "")
+        if lines.get(name) != text:
+            lines[name if name not in lines else f"{name} (trials)"] = text
+    return list(lines.items())
+
+
+def _flat(tree: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}", value

@@ -1,0 +1,211 @@
+"""The heart: ask for the next trial, report on it, tell what came of it.
+
+Owns: `Search`, the order of trials and what becomes of each. Must not know: Ray, processes, how a trial is trained.
+
+A search has no state of its own that matters: everything is in the store, and the algorithm is a function of the history.
+So a search that dies is continued by making another one; the trials that were in flight are launched again.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+
+from hpo import algorithms, gate, space
+from hpo.objectives import losses
+from hpo.spec import Spec
+from hpo.store import Holder, Record, Store, with_state
+from hpo.trial import CurvePoint, State, Trial
+from training.recipe import Job, Outcome, Progress
+
+REFUSALS = 200  # points in a row that the gate may refuse before the space counts as exhausted
+STATE_OF: dict[str, State] = {"complete": "complete", "stopped": "stopped", "infeasible": "infeasible", "diverged": "diverged"}
+
+
+class Search:
+    """One study being searched. Used by one thread; runners call it in the process that holds the study."""
+
+    def __init__(self, store: Store, record: Record, holder: Holder, *, shape=None, tokens_per_row: int = 0,
+                 clock: Callable[[], float] = time.time):  # fmt: skip
+        """Takes up a study where the record leaves it.
+
+        Args:
+            store: keeps everything.
+            record: the study.
+            holder: this process's hold on it.
+            shape: of the base model, for the memory gate; None lets everything pass.
+            tokens_per_row: of the longest training row, for the memory gate.
+            clock: seconds, for `budget.hours`.
+        """
+        self.store, self.study, self.spec, self.holder = store, record, record.spec, holder
+        self.stopping: str | None = None
+        self._resume = False
+        self._shape, self._tokens_per_row, self._clock = shape, tokens_per_row, clock
+        self._began = self._counted = clock()
+        self._trials = {trial.number: trial for trial in store.trials(record.id)}
+        # Trials that were in flight when an earlier process died; they are launched again with the same point and number.
+        self._orphans = [trial for trial in self._trials.values() if not trial.final]
+
+    # What runners call
+
+    def ask(self) -> Trial | None:
+        """Returns the next trial, started and on the record, or None when there is none (budget, space or `stop`)."""
+        self.beat()
+        if self.stopping or self._out_of_time():
+            return None
+        if self._orphans:
+            return self._relaunch(self._orphans.pop(0), "its process died")
+        for _ in range(REFUSALS):
+            if self.launched >= self.spec.budget.trials:
+                return None
+            trial = self._propose()
+            if trial is None:
+                return None
+            self._trials[trial.number] = trial
+            self.store.start_trial(self.study.id, trial)
+            if not trial.final:
+                return trial
+        return None
+
+    def report(self, number: int, progress: Progress) -> str | None:
+        """Keeps a report; returns None to go on, or the reason why the trial should end."""
+        trial = self._trials[number]
+        point = CurvePoint(
+            share=progress.share, step=progress.step, tokens=progress.tokens, seconds=progress.seconds, metrics=progress.metrics
+        )
+        self.store.add_point(self.study.id, number, trial.attempts, point)
+        self.beat()
+        return self.stopping
+
+    def tell(self, number: int, outcome: Outcome) -> Trial:
+        """Keeps what came of a trial; returns it in its final state. The first result wins."""
+        state = STATE_OF[outcome.ended]
+        error = outcome.reason or None
+        if (
+            state == "complete"
+            and losses(self._trials[number].model_copy(update={"outcome": outcome}), self.spec.targets) is None
+        ):
+            state, error = "failed", f"an objective is missing or not finite: {', '.join(self.spec.objectives)}"
+        if state == "stopped" and self.stopping:
+            if self._resume:  # stays as running on the record and is launched again when the study is continued
+                return self._trials[number]
+            state = "cancelled"  # ended by us for a reason that says nothing about the point
+        return self._finish(with_state(self._trials[number], state, outcome, error))
+
+    def fail(self, number: int, error: str, *, retry: bool) -> Trial | None:
+        """Keeps a failure; returns the trial to launch again where `retry` and the budget allow it, else None.
+
+        Args:
+            retry: the worker or node died, so that the point itself is not to blame. An exception raised by the training
+                code is not retried: it would be raised again.
+        """
+        trial = self._trials[number]
+        if retry and not self.stopping and trial.attempts <= self.spec.budget.retries:
+            return self._relaunch(trial, error)
+        self._finish(with_state(trial, "failed", None, error))
+        return None
+
+    def stop(self, reason: str, *, resume: bool = False) -> None:
+        """Asks every running trial to end at its next report and starts no more.
+
+        Args:
+            reason: is kept with the study.
+            resume: running trials stay so on the record and are launched again when the study is continued; otherwise they
+                end as cancelled.
+        """
+        if not self.stopping:
+            self.stopping, self._resume = reason, resume
+            self.store.add_event(self.study.id, "stopping", reason=reason)
+
+    def beat(self) -> None:
+        """Says that this process is alive and counts the time spent."""
+        now = self._clock()
+        if now - self._counted > 5:
+            self.holder.beat()
+            self.store.add_spent(self.study.id, now - self._counted)
+            self._counted = now
+        if self._out_of_time():
+            self.stop(f"budget.hours ({self.spec.budget.hours}) is spent")
+
+    def close(self) -> None:
+        """Counts the last seconds."""
+        self.store.add_spent(self.study.id, self._clock() - self._counted)
+        self._counted = self._clock()
+
+    # What is known
+
+    @property
+    def trials(self) -> list[Trial]:
+        """All trials by number, without curves."""
+        return [self._trials[number] for number in sorted(self._trials)]
+
+    @property
+    def launched(self) -> int:
+        """Trials that count against `budget.trials`: all but those refused before launch and those cancelled."""
+        return sum(1 for t in self._trials.values() if t.attempts and t.state != "cancelled")
+
+    @property
+    def finished(self) -> int:
+        """Launched trials in a final state."""
+        return sum(1 for t in self._trials.values() if t.attempts and t.final and t.state != "cancelled")
+
+    def _out_of_time(self) -> bool:
+        hours = self.spec.budget.hours
+        return hours is not None and self.study.spent + self._clock() - self._began > hours * 3600
+
+    # Inside
+
+    def _propose(self) -> Trial | None:
+        number = max(self._trials, default=-1) + 1
+        params, recipe, origin = self._next_point(number)
+        if params is None:
+            return None
+        verdict = gate.judge(recipe, self._shape, self.spec.limits, self.spec.resources, self._tokens_per_row)
+        trial = Trial(number=number, params=params, recipe=verdict.recipe, origin=origin, started=self._clock())
+        if verdict.refusal:
+            outcome = Outcome(ended="infeasible", reason=verdict.refusal, share=0, peak_bytes=verdict.predicted)
+            return with_state(
+                trial.model_copy(update={"attempts": 0}), "infeasible", outcome, f"refused before launch: {verdict.refusal}"
+            )
+        return trial
+
+    def _next_point(self, number: int):
+        """Returns (params, recipe, origin): first the defaults, then the user's points, then the algorithm's."""
+        spec = self.spec
+        if number == 0:
+            return spec.space.project(spec.recipe) or {}, spec.recipe, "defaults"
+        tried = {space.key(trial.params) for trial in self._trials.values()}
+        for point in spec.start:
+            if space.key(point) not in tried:
+                return point, spec.space.resolve(point, spec.recipe), "start"
+        history = [trial for trial in self.trials if spec.space.contains(trial.params)]
+        rng = random.Random(f"{spec.seed}:{number}")
+        suggest = algorithms.load(spec.algorithm.name)
+        params = suggest(spec.space, spec.targets, history, rng, **spec.algorithm.options)
+        if params is None:
+            return None, None, ""
+        return params, spec.space.resolve(params, spec.recipe), spec.algorithm.name
+
+    def _relaunch(self, trial: Trial, error: str) -> Trial | None:
+        again = trial.model_copy(update={"attempts": trial.attempts + 1, "started": self._clock()})
+        if trial.attempts > self.spec.budget.retries:
+            self._finish(with_state(trial, "failed", None, f"launched {trial.attempts} times, last: {error}"))
+            return self.ask()
+        self._trials[trial.number] = again
+        self.store.start_trial(self.study.id, again)
+        self.store.add_event(self.study.id, "relaunched", number=trial.number, attempt=again.attempts, error=error)
+        return again
+
+    def _finish(self, trial: Trial) -> Trial:
+        if self.store.finish_trial(self.study.id, trial):
+            self._trials[trial.number] = trial
+        else:
+            self.store.add_event(self.study.id, "late result refused", number=trial.number, state=trial.state)
+        return self._trials[trial.number]
+
+
+def job_of(trial: Trial, spec: Spec, data) -> Job:
+    """Returns what a worker needs to train a trial. `data` is the study's own copy of the rows."""
+    return Job(recipe=trial.recipe, data=data, evaluation=spec.evaluation, resources=spec.resources, limits=spec.limits,
+               output=str(spec.folder / "trials" / f"{trial.number:05d}"), cache=str(spec.folder / "cache"))  # fmt: skip

@@ -1,0 +1,413 @@
+"""A study file, and everything that can be wrong with it.
+
+Owns: `Spec`, reading it from YAML by name or path, `--set`, the checks that need no model, no data and no cluster.
+Must not know: stores, runners.
+
+All problems of a file are found at once, each with its path in the file, the rule, the value and the remedy.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, field_validator
+
+from hpo import algorithms, objectives
+from hpo.errors import NotFound, Problem, SpecError, nearest
+from hpo.space import Params, Space, problems
+from training import data as training_data
+from training.recipe import DataConfig, EvaluationConfig, Frozen, Limits, Number, Recipe, Resources, Whole
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+SIZE_LIMIT = 1_048_576  # bytes of a study file
+NODE_LIMIT = 20_000  # values in a study file, aliases counted as often as they are used
+GRID_LIMIT = 100_000
+
+
+class Algorithm(Frozen):
+    """Which search algorithm, with its options."""
+
+    name: str = "bayes"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Budget(Frozen):
+    """How much may be spent. Raising it later continues the study."""
+
+    trials: Whole = Field(20, ge=1, le=100_000)
+    hours: Number | None = Field(None, gt=0, description="wall-clock hours over all sessions of the study")
+    parallel: Whole | None = Field(None, ge=1, le=1024, description="trials at a time; default: what the cluster can grow to")
+    retries: Whole = Field(2, ge=0, le=100, description="how often a trial whose worker died is tried again")
+
+
+class Spec(Frozen):
+    """One study: what varies, on what, towards what, for how long."""
+
+    name: str
+    description: str = ""
+    storage: str = Field(
+        default_factory=lambda: os.environ.get("HPO_STORAGE", "~/paretune"), description="folder that every node sees"
+    )
+    database: str | None = Field(None, description="SQLAlchemy URL; default: hpo.db in the storage folder")
+    data: DataConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    recipe: Recipe = Recipe()
+    space: Space
+    start: tuple[Params, ...] = Field((), description="points to try after the defaults")
+    objectives: tuple[str, ...] = Field(("accuracy", "seconds", "peak_bytes"), min_length=1)
+    limits: Limits = Limits()
+    algorithm: Algorithm = Algorithm()
+    budget: Budget = Budget()
+    resources: Resources = Resources()
+    train: str = Field("loop", pattern="^(loop|simulated)$", description="loop trains; simulated computes a closed form")
+    seed: Whole = Field(0, ge=0, le=2**31 - 1)
+
+    @field_validator("name")
+    @classmethod
+    def _safe_name(cls, value: str) -> str:
+        if not NAME.fullmatch(value):
+            raise ValueError("must be 1 to 63 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit")
+        return value
+
+    @field_validator("storage")
+    @classmethod
+    def _absolute(cls, value: str) -> str:
+        if "://" in value:
+            raise ValueError("must be a folder; mount the bucket on every node and name the mount")
+        path = Path(os.path.expandvars(value)).expanduser()
+        if not path.is_absolute():
+            raise ValueError("must be absolute or begin with ~, because a submitted job runs in a temporary folder")
+        return str(path)
+
+    @property
+    def targets(self) -> tuple[objectives.Objective, ...]:
+        """The objectives themselves."""
+        return objectives.named(self.objectives)
+
+    @property
+    def folder(self) -> Path:
+        """Where the study keeps its files."""
+        return Path(self.storage) / self.name
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A Spec with what the user wrote (for comparison with an earlier run) and where."""
+
+    spec: Spec
+    written: dict[str, Any]
+    source: str
+
+
+# What an existing study may not change on the way; the rest (budget, resources, evaluation batch, ...) may.
+FIXED = ("data", "recipe", "space", "start", "objectives", "limits", "seed", "train", "evaluation")
+
+
+def bundled(kind: str) -> dict[str, Path]:
+    """Returns name -> file of what ships with the package; kind is `studies` or `spaces`."""
+    here = Path(__file__).parent
+    installed = {"studies": here / "studies", "spaces": here.parent / "search_spaces"}[kind]
+    folder = installed if installed.is_dir() else here.parent / "examples" / "studies"  # a checkout
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load(source: str | Path | Mapping[str, Any], sets: Sequence[str] = ()) -> Loaded:
+    """Returns a study from a bundled name, a path, or a dict.
+
+    Args:
+        source: `quickstart`, `my/study.yaml`, or the parsed content.
+        sets: overrides as `path.in.file=value`, the value in YAML.
+
+    Raises:
+        NotFound: no such bundled study and no such file.
+        SpecError: with every problem found.
+    """
+    folder = Path.cwd()
+    if isinstance(source, Mapping):
+        raw, where = _plain(source), "dict"
+    else:
+        text, folder, where = _text(source)
+        raw = parse(text, where)
+    for item in sets:
+        _set(raw, item)
+    written = _plain(raw)
+    return Loaded(build(raw, folder), written, where)
+
+
+def _text(source: str | Path) -> tuple[str, Path, str]:
+    path = Path(source)
+    if path.is_file():
+        if path.stat().st_size > SIZE_LIMIT:
+            raise SpecError(
+                Problem(str(path), f"is {path.stat().st_size} bytes, over {SIZE_LIMIT}.", "A study file is a few kilobytes.")
+            )
+        try:
+            return path.read_text(encoding="utf-8-sig"), path.resolve().parent, str(path)
+        except UnicodeDecodeError as error:
+            raise SpecError(Problem(str(path), f"byte {error.start} is not UTF-8.", "Save it as UTF-8.")) from None
+    known = bundled("studies")
+    if str(source) in known:
+        return known[str(source)].read_text(encoding="utf-8"), Path.cwd(), str(source)
+    raise NotFound(
+        f"No study file and no bundled study {str(source)!r}. {nearest(str(source), known)}Bundled: {', '.join(known)}."
+    )
+
+
+def parse(text: str, where: str = "study") -> dict[str, Any]:
+    """Returns the YAML 1.2 mapping in a text, as plain Python; tags that build objects and duplicate keys are refused."""
+    from ruamel.yaml import YAML, YAMLError
+
+    yaml = YAML(typ="safe", pure=True)
+    yaml.allow_duplicate_keys = False
+    try:
+        raw = yaml.load(text)
+    except (YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f"{where}:{mark.line + 1}" if mark else where
+        said = (getattr(error, "problem", None) or str(error).split("\n")[0]).strip()
+        raise SpecError(Problem(at, f"is not valid YAML: {said}.", "")) from None
+    if not isinstance(raw, dict):
+        raise SpecError(Problem(where, f"must be a mapping, got {type(raw).__name__}.", "Begin with `name: my-study`."))
+    if _nodes(raw, NODE_LIMIT) <= 0:
+        raise SpecError(Problem(where, f"has more than {NODE_LIMIT} values.", "Use fewer aliases and shorter lists."))
+    return _plain(raw)
+
+
+def _nodes(value: Any, left: int) -> int:
+    left -= 1
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    for child in children:
+        if left <= 0:
+            return left
+        left = _nodes(child, left)
+    return left
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _plain(child) for name, child in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(child) for child in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _set(raw: dict, item: str) -> None:
+    from ruamel.yaml import YAML
+
+    path, equals, text = item.partition("=")
+    if not equals or not path:
+        raise SpecError(Problem(f"--set {item}", "must be path.in.file=value.", "For example --set budget.trials=30."))
+    *parents, last = path.split(".")
+    for name in parents:
+        child = raw.setdefault(name, {})
+        if isinstance(child, str) and name in ("space", "algorithm"):  # a name stands for a mapping: open it
+            child = raw[name] = _space_named(child) if name == "space" else {"name": child}
+        if not isinstance(child, dict):
+            raise SpecError(Problem(f"--set {item}", f"{name} is no mapping.", "Name a field that exists."))
+        raw = child
+    raw[last] = YAML(typ="safe", pure=True).load(text) if text else None
+
+
+def _space_named(name: str) -> dict:
+    known = bundled("spaces")
+    if name not in known:
+        raise SpecError(
+            Problem(
+                "space", f"no bundled space {name!r}.", f"{nearest(name, known)}Bundled: {', '.join(known)}; or write it out."
+            )
+        )
+    return parse(known[name].read_text(encoding="utf-8"), f"search_spaces/{name}")
+
+
+def build(raw: dict[str, Any], folder: Path) -> Spec:
+    """Returns the Spec of a parsed study file; relative data and model paths are taken from `folder`.
+
+    Raises:
+        SpecError: with every problem found.
+    """
+    raw = dict(raw)
+    found: list[Problem] = []
+    if isinstance(raw.get("algorithm"), str):
+        raw["algorithm"] = {"name": raw["algorithm"]}
+    elif isinstance(raw.get("algorithm"), dict) and "options" not in raw["algorithm"]:
+        options = {name: value for name, value in raw["algorithm"].items() if name != "name"}
+        raw["algorithm"] = {"name": raw["algorithm"].get("name", "bayes"), "options": options}
+    if isinstance(raw.get("space"), str):
+        try:
+            raw["space"] = _space_named(raw["space"])
+        except SpecError as error:
+            found += error.problems
+            raw["space"] = {"rank": {"type": "int", "low": 1, "high": 2}}
+    for name, dimension in list(raw["space"].items()) if isinstance(raw.get("space"), dict) else []:
+        if name not in Recipe.model_fields:
+            found.append(
+                Problem(
+                    f"space.{name}",
+                    "is no field of a recipe.",
+                    nearest(name, Recipe.model_fields).strip() or "See `hpo schema recipe`.",
+                )
+            )
+        if isinstance(dimension, list):
+            raw["space"] = raw["space"] | {name: {"type": "choice", "values": dimension}}
+    _anchor(raw, folder)
+    try:
+        spec, broken = Spec.model_validate(raw), set()
+    except ValidationError as error:
+        found += [_problem(e, raw) for e in error.errors(include_url=False)]
+        broken = {str(e["loc"][0]) for e in error.errors(include_url=False) if e["loc"]}
+        spec = _what_is_sound(raw, broken)
+    # What is sound is checked too, so that the user sees everything at once.
+    found += [p for p in (_cross_checks(spec) if spec else []) if re.split(r"[.\[]", p.where)[0] not in broken]
+    if found:
+        raise SpecError(*found)
+    return spec
+
+
+def _what_is_sound(raw: dict, broken: set[str]) -> Spec | None:
+    stand_in = {"name": "stand-in", "data": {"train": "stand-in"}, "space": {"seed": {"type": "int", "low": 0, "high": 1}}}
+    try:
+        return Spec.model_validate(stand_in | {name: value for name, value in raw.items() if name not in broken})
+    except ValidationError:
+        return None
+
+
+def _anchor(raw: dict, folder: Path) -> None:
+    """Makes relative paths of data files and of a model folder absolute."""
+    if isinstance(raw.get("data"), dict):
+        raw["data"] = dict(raw["data"])
+        for name in ("train", "validation", "test"):
+            value = raw["data"].get(name)
+            if isinstance(value, str) and value and not value.startswith(training_data.EMBEDDED):
+                raw["data"][name] = str(folder / Path(os.path.expandvars(value)).expanduser())
+    if isinstance(raw.get("recipe"), dict) and isinstance(model := raw["recipe"].get("model"), str):
+        expanded = Path(os.path.expandvars(model)).expanduser()
+        if model and model != "embedded" and (model.startswith((".", "~", "$")) or (folder / expanded).is_dir()):
+            raw["recipe"] = raw["recipe"] | {"model": str(folder / expanded)}
+
+
+_MODELS = {"data": DataConfig, "evaluation": EvaluationConfig, "recipe": Recipe, "limits": Limits, "budget": Budget,
+           "resources": Resources, "algorithm": Algorithm}  # fmt: skip
+
+
+def _problem(error: Any, raw: dict) -> Problem:
+    """Returns a pydantic error in our words: path, rule with the value, remedy."""
+    path = [
+        part
+        for i, part in enumerate(error["loc"])
+        if not (error["loc"][0] == "space" and i == 2 and part in ("float", "int", "choice"))
+    ]
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".") or "study"
+    kind, message, value = error["type"], error["msg"], error.get("input")
+    if kind == "extra_forbidden":
+        model = _MODELS.get(str(path[0]), Spec) if len(path) > 1 else Spec
+        known = (
+            list(model.model_fields) if path[0] != "space" else ["type", "low", "high", "log", "step", "values", "times", "when"]
+        )
+        return Problem(where, "unknown field.", nearest(str(path[-1]), known).strip() or f"Known: {', '.join(known)}.")
+    if kind == "missing":
+        return Problem(where, "is required.", _REQUIRED.get(where, ""))
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        return Problem(where, "type must be float, int or choice.", "For example {type: choice, values: [8, 16]}.")
+    message = message.removeprefix("Value error, ").replace("Input should be", "must be")
+    shown = "" if ", got " in message or isinstance(value, (dict, list)) else f", got {value!r}"
+    remedy = (
+        nearest(str(value), error.get("ctx", {}).get("expected", "").replace("'", "").replace(" or ", ", ").split(", "))
+        if isinstance(value, str)
+        else ""
+    )
+    return Problem(where, f"{message[0].lower()}{message[1:]}{shown}.", remedy.strip())
+
+
+_REQUIRED = {
+    "name": "For example name: my-study.",
+    "data": "For example data: {train: my.jsonl}.",
+    "data.train": "Name a JSONL or CSV file.",
+    "space": "Name a bundled space (space: lora) or write one out.",
+}
+
+
+def _cross_checks(spec: Spec) -> list[Problem]:
+    found = [Problem(f"space.{where}", f"{said}.", "") for where, said in problems(spec.space, spec.recipe)]
+    if not len(spec.space):
+        found.append(Problem("space", "has no dimension.", "Name at least one field of the recipe with its range."))
+    found += training_data.template_problems(spec.data)
+    found += _objective_problems(spec)
+    found += _algorithm_problems(spec)
+    for i, point in enumerate(spec.start):
+        if not spec.space.contains(point):
+            found.append(
+                Problem(f"start[{i}]", f"lies outside the space: {point}.", f"Give {', '.join(spec.space)} within their ranges.")
+            )
+    workers = spec.resources.workers
+    for value in _values(spec, "batch_size"):
+        if value % workers:
+            found.append(
+                Problem("resources.workers", f"must divide batch_size, got {workers} and {value}.", "Change one of them.")
+            )
+            break
+    return found
+
+
+def _values(spec: Spec, field: str) -> list[Any]:
+    """Returns the values that a field can take: those of its dimension (ends, for a range) and the default."""
+    values = [getattr(spec.recipe, field)]
+    if (dimension := spec.space.root.get(field)) is not None:
+        values += dimension.values if dimension.type == "choice" else [dimension.low, dimension.high]
+    return [value for value in values if value is not None]
+
+
+def _objective_problems(spec: Spec) -> list[Problem]:
+    found = []
+    for i, name in enumerate(spec.objectives):
+        if name not in objectives.BUILT_IN:
+            found.append(Problem(f"objectives[{i}]", f"unknown objective {name!r}.",
+                                 f"{nearest(name, objectives.BUILT_IN)}Known: {', '.join(objectives.BUILT_IN)}."))  # fmt: skip
+    if len(set(spec.objectives)) < len(spec.objectives):
+        found.append(Problem("objectives", f"must differ, got {list(spec.objectives)}.", "Remove the repeated one."))
+    return found
+
+
+def _algorithm_problems(spec: Spec) -> list[Problem]:
+    name, options = spec.algorithm.name, spec.algorithm.options
+    if name not in algorithms.names():
+        return [
+            Problem(
+                "algorithm",
+                f"unknown algorithm {name!r}.",
+                f"{nearest(name, algorithms.names())}Known: {', '.join(algorithms.names())}.",
+            )
+        ]
+    found = [Problem(f"algorithm.{option}", f"{said}.", "") for option, said in algorithms.check_options(name, options)]
+    if name == "nsga2" and len(spec.objectives) < 2:
+        found.append(
+            Problem("objectives", f"nsga2 needs at least two, got {list(spec.objectives)}.", "Add one, or use algorithm: bayes.")
+        )
+    if name == "grid" and not found:
+        levels = options.get("levels", inspect.signature(algorithms.load("grid")).parameters["levels"].default)
+        size = math.prod(len(dimension.levels(levels)) for _, dimension in spec.space.items())
+        if size <= GRID_LIMIT and any(dimension.when for _, dimension in spec.space.items()):
+            size = len(spec.space.grid(levels))
+        if size > spec.budget.trials:
+            found.append(Problem("budget.trials", f"the grid has {size} points, over the budget of {spec.budget.trials} trials.",
+                                 "Raise budget.trials, lower algorithm.levels, or use algorithm: bayes."))  # fmt: skip
+    return found
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Problem]:
+    """Returns what a user wrote differently in the parts that an existing study may not change."""
+
+    def walk(path: str, a: Any, b: Any) -> list[Problem]:
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            return [p for name in [*a, *(n for n in b if n not in a)] for p in walk(f"{path}.{name}", a.get(name), b.get(name))]
+        if a == b:
+            return []
+        return [Problem(path, f"was {a!r} and is now {b!r}.", "")]
+
+    return [problem for name in FIXED for problem in walk(name, old.get(name), new.get(name))]

@@ -1,0 +1,370 @@
+"""The record of all studies: the truth, and the only meeting point of those who run, watch and read.
+
+Owns: the database (SQLite by default, any SQLAlchemy URL). Must not know: algorithms, runners, Ray.
+
+Contract: a write is on disk when the call returns. Final states never change: the first result of a trial wins and later
+ones are refused. Values go in and come out as the frozen models, never as rows. A Store pickles to its URL.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from hpo.certificate import Certificate
+from hpo.errors import NotFound, StoreError, StudyBusy
+from hpo.spec import Spec
+from hpo.trial import FINAL, CurvePoint, State, Trial
+from training.recipe import Outcome
+
+VERSION = 1  # of the tables; a newer database is refused, never half understood
+LEASE = 30.0  # seconds a run may be silent before another process on another machine may take its study over
+BUSY = 30.0  # seconds to wait for a locked database
+
+_meta = sa.MetaData()
+_about = sa.Table("paretune", _meta, sa.Column("version", sa.Integer, primary_key=True))
+_studies = sa.Table(
+    "studies", _meta,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("name", sa.String(63), unique=True, nullable=False),
+    sa.Column("written", sa.Text, nullable=False),
+    sa.Column("spec", sa.Text, nullable=False),
+    sa.Column("digest", sa.String(64), nullable=False),
+    sa.Column("created", sa.Float, nullable=False),
+    sa.Column("spent", sa.Float, nullable=False, default=0.0),
+    sa.Column("certificate", sa.Text),
+    sa.Column("holder", sa.Text),
+    sa.Column("holder_seen", sa.Float),
+)  # fmt: skip
+_trials = sa.Table(
+    "trials", _meta,
+    sa.Column("study", sa.ForeignKey("studies.id"), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("state", sa.String(12), nullable=False),
+    sa.Column("trial", sa.Text, nullable=False),
+)  # fmt: skip
+_points = sa.Table(
+    "points", _meta,
+    sa.Column("study", sa.ForeignKey("studies.id"), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("attempt", sa.Integer, primary_key=True),
+    sa.Column("step", sa.Integer, primary_key=True),
+    sa.Column("point", sa.Text, nullable=False),
+)  # fmt: skip
+_events = sa.Table(
+    "events", _meta,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("study", sa.ForeignKey("studies.id"), nullable=False, index=True),
+    sa.Column("at", sa.Float, nullable=False),
+    sa.Column("kind", sa.String(40), nullable=False),
+    sa.Column("data", sa.Text, nullable=False),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Record:
+    """A study as it is kept. `written` is what the user wrote, `spec` what it resolved to, `digest` that of its rows."""
+
+    id: int
+    name: str
+    written: dict[str, Any]
+    spec: Spec
+    digest: str
+    created: float
+    spent: float
+    certificate: Certificate | None
+
+
+class Store:
+    """The studies in one database; cheap to open, safe to use from several processes."""
+
+    def __init__(self, url: str, *, create: bool = True):
+        """Opens the database, and makes its tables where it is new.
+
+        Args:
+            url: SQLAlchemy URL, for example sqlite:////data/hpo.db.
+            create: False refuses a database that is not there, so that reading writes nothing.
+
+        Raises:
+            StoreError: cannot be opened, is damaged, is no database of ours, or is newer than this program.
+        """
+        self.url = url
+        parsed = sa.make_url(url)
+        self._file = Path(parsed.database) if parsed.get_backend_name() == "sqlite" and parsed.database else None
+        if self._file is not None:
+            if not create and not self._file.exists():
+                raise StoreError(
+                    f"There is no study record at {self._file}. Run a study first, or name its storage with --storage."
+                )
+            self._inspect()
+        options = {"connect_args": {"timeout": BUSY}} if self._file is not None else {}
+        self._engine = sa.create_engine(url, **options)
+        if self._file is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            sa.event.listen(self._engine, "connect", _durable)
+        with self._begin() as db:
+            _meta.create_all(db)
+            version = db.scalar(sa.select(_about.c.version))
+            if version is None:
+                db.execute(_about.insert().values(version=VERSION))
+            elif version > VERSION:
+                raise StoreError(
+                    f"{self._name} was written by a newer version (tables {version}, known {VERSION}). Upgrade paretune."
+                )
+
+    def __reduce__(self):
+        return Store, (self.url,)
+
+    @property
+    def _name(self) -> str:
+        return str(self._file) if self._file else sa.make_url(self.url).render_as_string(hide_password=True)
+
+    def _inspect(self) -> None:
+        # A damaged file must never be papered over with new tables.
+        if not self._file.exists() or self._file.stat().st_size == 0:
+            return
+        try:
+            with closing(sqlite3.connect(f"file:{self._file}?mode=ro", uri=True, timeout=BUSY)) as db:
+                said = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        except sqlite3.DatabaseError as error:
+            said = str(error)
+        if said != "ok":
+            raise StoreError(
+                f"{self._file} is damaged ({said}) and was left as it is. Restore a backup, or move it away to start anew."
+            )
+
+    @contextmanager
+    def _begin(self) -> Iterator[sa.Connection]:
+        try:
+            with self._engine.begin() as db:
+                yield db
+        except sa.exc.SQLAlchemyError as error:
+            raise StoreError(f"{self._name}: {getattr(error, 'orig', None) or error}") from error
+
+    def close(self) -> None:
+        """Lets go of the database."""
+        self._engine.dispose()
+
+    # Studies
+
+    def add_study(self, spec: Spec, written: dict, digest: str) -> Record:
+        """Adds a study, or updates what may change of the one with this name; returns its record."""
+        values = {"written": json.dumps(written), "spec": spec.model_dump_json(), "digest": digest}
+        with self._begin() as db:
+            found = db.execute(sa.select(_studies.c.id).where(_studies.c.name == spec.name)).first()
+            if found:
+                db.execute(_studies.update().where(_studies.c.id == found.id).values(**values))
+            else:
+                db.execute(_studies.insert().values(name=spec.name, created=time.time(), **values))
+        return self.study(spec.name)
+
+    def study(self, name: str) -> Record:
+        """Returns a study by name; NotFound names those that exist."""
+        with self._begin() as db:
+            row = db.execute(sa.select(_studies).where(_studies.c.name == name)).mappings().first()
+            known = list(db.scalars(sa.select(_studies.c.name).order_by(_studies.c.id)))
+        if row is None:
+            raise NotFound(f"No study {name!r} in {self._name}. There are: {', '.join(known) or 'none'}.")
+        return _record(row)
+
+    def studies(self) -> list[tuple[Record, dict[str, int]]]:
+        """Returns all studies, oldest first, each with its number of trials by state."""
+        with self._begin() as db:
+            rows = db.execute(sa.select(_studies).order_by(_studies.c.id)).mappings().all()
+            counted = db.execute(
+                sa.select(_trials.c.study, _trials.c.state, sa.func.count()).group_by(_trials.c.study, _trials.c.state)
+            ).all()
+        return [(_record(row), {state: n for study, state, n in counted if study == row["id"]}) for row in rows]
+
+    def set_certificate(self, study: int, certificate: Certificate | None) -> None:
+        """Keeps what the study may claim about its winner."""
+        text = certificate.model_dump_json() if certificate else None
+        with self._begin() as db:
+            db.execute(_studies.update().where(_studies.c.id == study).values(certificate=text))
+
+    def add_spent(self, study: int, seconds: float) -> None:
+        """Adds wall-clock seconds to what the study has used of `budget.hours`."""
+        with self._begin() as db:
+            db.execute(_studies.update().where(_studies.c.id == study).values(spent=_studies.c.spent + seconds))
+
+    # Trials
+
+    def trials(self, study: int, *, curves: bool = False) -> list[Trial]:
+        """Returns the trials by number; with `curves`, each with the points of its last attempt."""
+        with self._begin() as db:
+            rows = db.scalars(sa.select(_trials.c.trial).where(_trials.c.study == study).order_by(_trials.c.number)).all()
+            points = (
+                db.execute(sa.select(_points).where(_points.c.study == study).order_by(_points.c.step)).all() if curves else []
+            )
+        trials = [Trial.model_validate_json(row) for row in rows]
+        if not curves:
+            return trials
+        by_trial: dict[tuple[int, int], list[CurvePoint]] = {}
+        for row in points:
+            by_trial.setdefault((row.number, row.attempt), []).append(CurvePoint.model_validate_json(row.point))
+        return [t.model_copy(update={"curve": tuple(by_trial.get((t.number, t.attempts), ()))}) for t in trials]
+
+    def start_trial(self, study: int, trial: Trial) -> None:
+        """Adds a trial, or starts one again that is still running by the record (another attempt)."""
+        with self._begin() as db:
+            if self._update(db, study, trial):
+                return
+            values = {
+                "study": study,
+                "number": trial.number,
+                "state": trial.state,
+                "trial": trial.model_dump_json(exclude={"curve"}),
+            }
+            db.execute(_trials.insert().values(**values))
+
+    def finish_trial(self, study: int, trial: Trial) -> bool:
+        """Keeps a trial's final state; returns False, and changes nothing, where it already had one."""
+        with self._begin() as db:
+            return self._update(db, study, trial)
+
+    def _update(self, db: sa.Connection, study: int, trial: Trial) -> bool:
+        running = sa.and_(_trials.c.study == study, _trials.c.number == trial.number, _trials.c.state.not_in(FINAL))
+        values = {"state": trial.state, "trial": trial.model_dump_json(exclude={"curve"})}
+        return db.execute(_trials.update().where(running).values(**values)).rowcount == 1
+
+    def add_point(self, study: int, number: int, attempt: int, point: CurvePoint) -> None:
+        """Keeps one report of a trial; a report of the same step is replaced."""
+        key = {"study": study, "number": number, "attempt": attempt, "step": point.step}
+        with self._begin() as db:
+            db.execute(_points.delete().where(*(_points.c[name] == value for name, value in key.items())))
+            db.execute(_points.insert().values(**key, point=point.model_dump_json()))
+
+    # Events
+
+    def add_event(self, study: int, kind: str, **data: Any) -> None:
+        """Appends to the study's log."""
+        with self._begin() as db:
+            db.execute(_events.insert().values(study=study, at=time.time(), kind=kind, data=json.dumps(data)))
+
+    def events(self, study: int) -> list[dict[str, Any]]:
+        """Returns the study's log, oldest first: `at`, `kind` and the event's own fields."""
+        with self._begin() as db:
+            rows = db.execute(sa.select(_events).where(_events.c.study == study).order_by(_events.c.id)).all()
+        return [{"at": row.at, "kind": row.kind, **json.loads(row.data)} for row in rows]
+
+    # Who runs a study
+
+    @contextmanager
+    def hold(self, study: int) -> Iterator[Holder]:
+        """Holds a study for this process; yields a Holder whose `beat` must be called more often than every LEASE seconds.
+
+        Raises:
+            StudyBusy: another live process holds it. One that died on this machine is replaced at once, one on another
+                machine once it has been silent for LEASE seconds.
+        """
+        me = Holder(
+            self,
+            study,
+            json.dumps({"host": _machine(), "pid": os.getpid(), "started": _started(os.getpid()), "key": uuid.uuid4().hex}),
+        )
+        with self._begin() as db:
+            row = db.execute(
+                sa.select(_studies.c.name, _studies.c.holder, _studies.c.holder_seen).where(_studies.c.id == study)
+            ).one()
+            if row.holder and _alive(json.loads(row.holder), row.holder_seen):
+                other = json.loads(row.holder)
+                raise StudyBusy(
+                    f"Study {row.name} is being run by process {other['pid']} on {other['host']}. Wait for it, or stop it first."
+                )
+            taken = db.execute(
+                _studies.update()
+                .where(
+                    _studies.c.id == study, _studies.c.holder.is_(None) if row.holder is None else _studies.c.holder == row.holder
+                )
+                .values(holder=me.key, holder_seen=time.time())
+            ).rowcount
+            if not taken:
+                raise StudyBusy(f"Study {row.name} was taken by another process this moment. Wait for it.")
+        try:
+            yield me
+        finally:
+            with self._begin() as db:
+                db.execute(_studies.update().where(_studies.c.id == study, _studies.c.holder == me.key).values(holder=None))
+
+    def held(self, study: int) -> bool:
+        """Says whether a live process runs the study."""
+        with self._begin() as db:
+            row = db.execute(sa.select(_studies.c.holder, _studies.c.holder_seen).where(_studies.c.id == study)).one()
+        return bool(row.holder) and _alive(json.loads(row.holder), row.holder_seen)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """This process's hold on a study."""
+
+    store: Store
+    study: int
+    key: str
+
+    def beat(self) -> None:
+        """Says that this process still runs the study.
+
+        Raises:
+            StudyBusy: it was silent for too long and another process has taken the study over.
+        """
+        with self.store._begin() as db:
+            update = _studies.update().where(_studies.c.id == self.study, _studies.c.holder == self.key)
+            if not db.execute(update.values(holder_seen=time.time())).rowcount:
+                raise StudyBusy("Another process has taken this study over; this one stops.")
+
+
+def _record(row: Any) -> Record:
+    certificate = Certificate.model_validate_json(row["certificate"]) if row["certificate"] else None
+    return Record(row["id"], row["name"], json.loads(row["written"]), Spec.model_validate_json(row["spec"]), row["digest"],
+                  row["created"], row["spent"], certificate)  # fmt: skip
+
+
+def _durable(connection, _record) -> None:
+    # The rollback journal and full sync work on network file systems too; write-ahead logging does not.
+    connection.execute("PRAGMA synchronous=FULL")
+    connection.execute("PRAGMA foreign_keys=ON")
+
+
+def _machine() -> str:
+    try:
+        return f"{socket.gethostname()}/{Path('/proc/sys/kernel/random/boot_id').read_text().strip()[:8]}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _started(pid: int) -> str:
+    """Returns when a process began, so that a reused process id is not mistaken for it; "" where it is gone or unknown."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _alive(holder: dict, seen: float) -> bool:
+    if holder["host"] == _machine() and holder["started"]:
+        return _started(holder["pid"]) == holder["started"]
+    return time.time() - seen < LEASE
+
+
+def with_state(trial: Trial, state: State, outcome: Outcome | None = None, error: str | None = None) -> Trial:
+    """Returns the trial in a final state, finished now."""
+    return trial.model_copy(update={"state": state, "outcome": outcome, "error": error, "finished": time.time()})
+
+
+def open_store(storage: str, database: str | None = None, *, create: bool = True) -> Store:
+    """Returns the store of a storage folder: its hpo.db, unless a database URL is given."""
+    return Store(database or f"sqlite:///{Path(storage) / 'hpo.db'}", create=create)
+
+
+__all__ = ["Holder", "Record", "Store", "open_store", "with_state"]

@@ -1,0 +1,49 @@
+"""One point that was tried, and everything known about it.
+
+Owns: `Trial`, its states, `Point` of a curve. Must not know: who runs it or keeps it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from hpo.space import Params
+from training.recipe import Frozen, Outcome, Recipe
+
+State = Literal["running", "complete", "stopped", "infeasible", "diverged", "failed", "cancelled"]
+# Stored on disk: values are only ever added, never removed or renamed.
+FINAL: tuple[State, ...] = ("complete", "stopped", "infeasible", "diverged", "failed", "cancelled")
+# Infeasible and diverged trials are results: algorithms learn from them. Failed and cancelled ones say nothing of the point.
+RESULTS: tuple[State, ...] = ("complete", "stopped", "infeasible", "diverged")
+
+
+class CurvePoint(Frozen):
+    """What a trial reported on its way: `share` of its own length done, tokens and training seconds so far, metrics."""
+
+    share: float
+    step: int
+    tokens: int
+    seconds: float
+    metrics: dict[str, float]
+
+
+class Trial(Frozen):
+    """A numbered point of a study with its state and what came of it. Times are seconds since the epoch."""
+
+    number: int
+    params: Params
+    recipe: Recipe
+    state: State = "running"
+    outcome: Outcome | None = None
+    curve: tuple[CurvePoint, ...] = ()
+    error: str | None = None
+    attempts: int = Field(1, description="how often it was launched")
+    origin: str = Field("search", description="defaults, start, or the algorithm's name")
+    started: float | None = None
+    finished: float | None = None
+
+    @property
+    def final(self) -> bool:
+        return self.state in FINAL

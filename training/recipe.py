@@ -1,0 +1,169 @@
+"""The words of training: Recipe in, Outcome out, and the signature that joins them.
+
+Owns: `Recipe`, `DataConfig`, `EvaluationConfig`, `Resources`, `Job`, `Progress`, `Outcome`.
+Must not know: studies, search, Ray, torch (this file imports in milliseconds).
+
+All are frozen pydantic models with unknown fields forbidden and NaN and infinity refused, so the YAML, the JSON column
+and the Python object are one class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
+
+
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, got the boolean {value}")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_boolean)]
+Whole = Annotated[int, BeforeValidator(_no_boolean)]
+
+
+class Frozen(BaseModel):
+    """Base of every record: immutable, closed, finite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class Recipe(Frozen):
+    """One complete set of hyperparameters for one fine-tuning run.
+
+    Defaults: rank 16, alpha 32, dropout 0.05, learning rate 2e-4, cosine, no weight decay on all linear layers are what
+    Axolotl publishes for Llama 3.2 1B (examples/llama-3/lora-1b.yml) with the batch of 8 and the warm-up of 10 % of its 8B
+    example (examples/llama-3/lora-8b.yml); clipping at 1.0 is the Hugging Face Trainer's.
+    """
+
+    model: str = Field("embedded", min_length=1, description="`embedded`, a local folder, or a Hugging Face id")
+    revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
+    adapter: Literal["lora", "rslora"] = Field("lora", description="lora (Hu et al. 2021) or rslora (Kalajdzievski 2023)")
+    rank: Whole = Field(16, ge=1, le=4096, description="inner dimension of each adapter")
+    alpha: Number = Field(32, gt=0, le=65536, description="adapter output is scaled by alpha / rank (rslora: / sqrt(rank))")
+    dropout: Number = Field(0.05, ge=0, lt=1, description="on the adapter's input")
+    targets: str | tuple[str, ...] = Field("all-linear", description="all-linear, attention, mlp, or module names")
+    learning_rate: Number = Field(2e-4, gt=0, le=1e4, description="peak rate of AdamW")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape after the warm-up, down to 0")
+    warmup: Number = Field(0.1, ge=0, lt=1, description="share of the steps")
+    weight_decay: Number = Field(0.0, ge=0, le=10, description="decoupled (Loshchilov & Hutter 2019)")
+    optimizer: Literal["adamw"] = "adamw"
+    clip: Number = Field(1.0, gt=0, description="largest norm of the whole gradient")
+    batch_size: Whole = Field(8, ge=1, le=65536, description="sequences per optimizer step over all workers")
+    micro_batch: Whole | None = Field(None, ge=1, description="sequences per forward and worker; default batch_size / workers")
+    epochs: Number | None = Field(None, gt=0, le=1000, description="passes over the training rows; default 1")
+    steps: Whole | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
+    tokens: Whole | None = Field(None, ge=1, description="tokens to train on, instead of epochs")
+    max_length: Whole = Field(512, ge=8, le=1_000_000, description="tokens; a longer row is cut from the left of its prompt")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the computation; adapters stay fp32")
+    bits: Literal[32, 16, 8, 4] = Field(32, description="of the frozen base; 4 is NF4 with double quantization (QLoRA)")
+    zero_stage: Literal[0, 1, 2] = Field(0, description="DeepSpeed ZeRO stage; 0 is plain data parallel training")
+    gradient_checkpointing: StrictBool = False
+    seed: Whole = Field(0, ge=0, le=2**31 - 1, description="adapter initialisation, dropout and order of the rows")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Recipe:
+        given = [name for name in ("epochs", "steps", "tokens") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of epochs, steps and tokens, got {' and '.join(given)}")
+        if self.bits == 16 and self.precision != "bf16":
+            raise ValueError("bits: 16 keeps the base in bf16 and needs precision: bf16, got precision: fp32")
+        return self
+
+
+class DataConfig(Frozen):
+    """Where the rows are and how a row becomes a prompt and a response."""
+
+    train: str = Field(min_length=1, description="JSONL or CSV file, or `embedded:train.jsonl`")
+    validation: str | None = Field(None, description="rows that the search scores on; default: a seeded tenth of train")
+    test: str | None = Field(None, description="rows that no trial sees; default: another seeded tenth of train")
+    format: Literal["jsonl", "csv"] | None = Field(None, description="default: from the file name")
+    task: Literal["instruction", "classification", "completion"] = "instruction"
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="our name -> the file's (instruction, input, response, text, label)"
+    )
+    template: str | None = Field(None, max_length=20_000, description="prompt with {columns} in braces; default: the task's")
+    separator: str | None = Field(None, min_length=1, description="completion: only what follows its last occurrence is learned")
+    labels: tuple[str, ...] = Field((), description="classification: the labels; default: those of the training rows")
+    limit: Whole | None = Field(None, ge=1, description="use at most so many training rows")
+
+
+class EvaluationConfig(Frozen):
+    """How a trained model is scored."""
+
+    rows: Whole = Field(400, ge=1, description="at most so many validation rows (seeded choice)")
+    test_rows: Whole = Field(1000, ge=1, description="at most so many test rows")
+    batch_size: Whole = Field(32, ge=1, description="rows per forward")
+    reports: Whole = Field(4, ge=1, le=1000, description="scored points on a trial's curve, the last one included")
+
+
+class Resources(Frozen):
+    """What one trial needs: `workers` processes with `gpus` and `cpus` each."""
+
+    workers: Whole = Field(1, ge=1, le=1024)
+    gpus: Number = Field(0, ge=0, le=64, description="per worker")
+    cpus: Number = Field(1, ge=0, le=1024, description="per worker")
+    mode: Literal["fresh", "local"] = Field("fresh", description="a Ray Train worker group per trial, or this process")
+
+
+class Limits(Frozen):
+    """What a trial may use. Beyond it a recipe is infeasible: a result, not a failure."""
+
+    peak_bytes: Whole | None = Field(None, ge=1, description="bytes on one worker")
+    seconds: Number | None = Field(None, gt=0, description="of training steps")
+
+
+class Job(Frozen):
+    """All that a worker needs to train one recipe, as JSON."""
+
+    recipe: Recipe
+    data: DataConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    resources: Resources = Resources()
+    limits: Limits = Limits()
+    output: str | None = Field(None, description="folder for the trained adapter; None keeps nothing")
+    cache: str | None = Field(None, description="folder for tokenized rows, shared by trials; None tokenizes anew")
+
+
+class Progress(Frozen):
+    """One report from inside the loop. `share` is the part of the trial's own length that is done (0..1]."""
+
+    step: int
+    steps: int
+    tokens: int
+    share: float
+    seconds: float
+    metrics: dict[str, float] = Field(default_factory=dict)
+
+
+Ended = Literal["complete", "stopped", "infeasible", "diverged"]
+
+
+class Outcome(Frozen):
+    """What one training run came to.
+
+    `loss` is in nats per supervised token on the validation rows; `seconds` counts optimizer steps alone (no start-up,
+    load, probe or evaluation); `peak_bytes` is the maximum over workers. What was never measured is None.
+    """
+
+    ended: Ended = "complete"
+    reason: str = ""
+    share: float = 1.0
+    scores: dict[str, float] = Field(default_factory=dict)
+    loss: float | None = None
+    seconds: float | None = None
+    peak_bytes: int | None = None
+    tokens: int = 0
+    trainable: int | None = None
+    checkpoint: str | None = None
+    conditions: dict[str, Any] = Field(default_factory=dict)
+
+
+Report = Callable[[Progress], str | None]
+"""Takes a Progress; returns None to go on, or the reason to stop. Called by the main worker; never raises."""
+
+Train = Callable[[Job, Report], Outcome]
+"""The signature of `training.loop.train`, of `training.simulate`, and of a user's own train function."""
