@@ -224,10 +224,12 @@ def _setting(view: View, trial: Trial, name: str) -> str:
 
 
 def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.3g} s"
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60:,} h {minutes % 60} min"
+    if seconds < 100:
+        text = f"{seconds:.3g} s"
+    else:
+        text = f"{minutes} min" if minutes < 100 else f"{minutes // 60:,} h {minutes % 60} min"
+    return text.replace(" ", "\u00a0")
 
 
 def _points(share: float) -> str:
@@ -297,11 +299,11 @@ def _front(view: View, x: Axis, y: Axis):
         shape = "hv" if x.objective.goal == "minimize" else "vh"
         xs, ys = zip(*(place[trial.number] for trial in front), strict=True) if front else ((), ())
         line = {"color": BLUE, "width": 1, "shape": shape, "dash": "dot"}
-        figure.add_trace(go.Scatter(x=xs, y=ys, mode="lines", line=line, hoverinfo="skip", showlegend=False, name="edge"))
+        style = {"mode": "lines", "line": line, "hoverinfo": "skip", "showlegend": False}
+        figure.add_trace(go.Scatter(x=xs, y=ys, name="edge", **style))
     bars = {f"error_{side}": bar for side, axis in (("x", x), ("y", y)) if (bar := _binomial(axis, front))}
-    marker = {"color": BLUE, "size": 10}
-    texts = _labels(front, place)
-    figure.add_trace(dots(front, "front", marker=marker, mode="markers+text", text=texts, textposition="bottom right", **bars))
+    texts = {"mode": "markers+text", "text": _labels(front, place), "textposition": "bottom right"}
+    figure.add_trace(dots(front, "front", marker={"color": BLUE, "size": 10}, **texts, **bars))
     _add_measured(view, figure, x, y, place)
     for trial, role, marker in ((view.defaults, "defaults", RING), (view.winner, "winner", STAR)):
         if trial is not None and trial.number in place:
@@ -344,16 +346,19 @@ def _binomial(axis: Axis, trials: Sequence[Trial]) -> dict[str, Any] | None:
     return _bars(values, lows, highs, color=SKY)
 
 
-def _labels(trials: Sequence[Trial], place) -> list[str]:
-    # A number beside each point, but not where an earlier one would be written over.
-    spans = [max(axis) - min(axis) or 1.0 for axis in zip(*place.values(), strict=True)]
-    taken: list[tuple[float, float]] = []
+def _labels(trials: Sequence[Trial], place: Mapping[int, tuple[float, float]]) -> list[str]:
+    # A number at the lower right of each point, unless another point or an earlier number stands there.
+    spans = [max(side) - min(side) or 1.0 for side in zip(*place.values(), strict=True)]
+    at = {number: (x / spans[0], y / spans[1]) for number, (x, y) in place.items()}
+    written: list[tuple[float, float]] = []
     texts = []
-    for trial in trials:
-        at = tuple(value / span for value, span in zip(place[trial.number], spans, strict=True))
-        free = all(abs(at[0] - x) > 0.06 or abs(at[1] - y) > 0.07 for x, y in taken)
-        texts.append(str(trial.number) if free else "")
-        taken += [at] if free else []
+    for number in (trial.number for trial in trials):
+        x, y = at[number]
+        points = (point for other, point in at.items() if other != number)
+        free = not any(-0.03 < px - x < 0.07 and -0.1 < py - y < 0.04 for px, py in points)
+        free = free and all(abs(x - px) > 0.06 or abs(y - py) > 0.07 for px, py in written)
+        texts.append(str(number) if free else "")
+        written += [(x, y)] if free else []
     return texts
 
 
@@ -374,9 +379,8 @@ def _trials(view: View):
     values = [axis.of(trial) for trial in valued]
     numbers = [trial.number for trial in valued]
     line = {"color": BLUE, "width": 1.5, "shape": "hv"}
-    figure.add_trace(
-        _dots(view, valued, numbers, accumulate(values, better), "best so far", mode="lines", line=line, hoverinfo="skip"), 1, 1
-    )
+    style = {"mode": "lines", "line": line, "hoverinfo": "skip"}
+    figure.add_trace(_dots(view, valued, numbers, accumulate(values, better), "best so far", **style), 1, 1)
     marker = {"color": BLUE, "size": 8, "symbol": "circle"}
     figure.add_trace(_dots(view, valued, numbers, values, "complete", marker=marker), 1, 1)
     for trial, role, marker in ((view.defaults, "defaults", RING), (view.winner, "winner", STAR)):
@@ -440,8 +444,8 @@ def _parallel(view: View):
     # One word a line: many names stand side by side.
     names = [_over(view.space, c) if isinstance(c, str) else c.label for c in columns]
     broken = [escape(name).replace("_", "_<br>").replace(" ", "<br>").replace("<br>/", " /") for name in names]
-    figure.update_xaxes(tickvals=list(range(len(columns))), ticktext=broken, tickangle=0, range=[-0.3, len(columns) - 0.35])
-    figure.update_xaxes(gridcolor="#777", zeroline=False)
+    figure.update_xaxes(tickvals=list(range(len(columns))), ticktext=broken, tickangle=0)
+    figure.update_xaxes(range=[-0.3, len(columns) - 0.35], gridcolor="#777", zeroline=False)
     figure.update_yaxes(visible=False, range=[-0.06, 1.06])
     figure.update_layout(legend_traceorder="reversed")
     return figure
@@ -478,13 +482,13 @@ def _importance(view: View):
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    order = [_over(view.space, name) for name in reversed(list(dict.fromkeys(i.name for _, items in found for i in items)))]
+    names = dict.fromkeys(item.name for _, items in found for item in items)
+    order = [escape(_over(view.space, name)) for name in reversed(names)]
     titles = [escape(axis.title) for axis, _ in found]
     figure = make_subplots(1, len(found), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.05)
     for column, (axis, items) in enumerate(found, start=1):
-        shares, lows, highs = (
-            [100 * part for part in side] for side in zip(*((i.share, i.low, i.high) for i in items), strict=True)
-        )
+        parts = zip(*((100 * item.share, 100 * item.low, 100 * item.high) for item in items), strict=True)
+        shares, lows, highs = map(list, parts)
         texts = [f"{i.name}: {100 * i.share:.0f} % ({100 * i.low:.0f} to {100 * i.high:.0f} %)" for i in items]
         bars = go.Bar(
             x=shares,
@@ -501,7 +505,7 @@ def _importance(view: View):
     figure.update_layout(_layout(height=130 + 32 * len(order), showlegend=False))
     figure.update_annotations(font_size=13)
     figure.update_xaxes(title="share (%)", range=[0, 105], dtick=25)
-    figure.update_yaxes(automargin=True, ticksuffix="  ", categoryorder="array", categoryarray=[escape(name) for name in order])
+    figure.update_yaxes(automargin=True, ticksuffix="  ", categoryorder="array", categoryarray=order)
     return figure
 
 
@@ -560,7 +564,8 @@ def _scores(view: View):
     import plotly.graph_objects as go
 
     values = [100 * score.accuracy.value for score in scores]
-    lows, highs = ([100 * end for end in ends] for ends in zip(*((s.accuracy.low, s.accuracy.high) for s in scores), strict=True))
+    lows = [100 * score.accuracy.low for score in scores]
+    highs = [100 * score.accuracy.high for score in scores]
     error = _bars(values, lows, highs, width=8)
     colors = {"untuned": "#bbbbbb", "defaults": SKY, "winner": VERMILLION}
     labels = [escape(score.who) for score in scores]
@@ -720,7 +725,8 @@ def _machine(view: View) -> list[tuple[str, str]]:
     seen: dict[str, list[Any]] = {}
     for trial in view.trials:
         for name, value in _flat(trial.outcome.conditions if trial.outcome else {}):
-            seen.setdefault(name, []).append(value)
+            if name != "right":  # a digit for each validation row: of the model, not of the machine
+                seen.setdefault(name, []).append(value)
     lines = {name: _plain(value) for name, value in told.items()}
     for name, values in seen.items():
         texts = list(dict.fromkeys(map(_plain, values)))

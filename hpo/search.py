@@ -17,7 +17,7 @@ from hpo.objectives import losses
 from hpo.spec import Spec
 from hpo.store import Holder, Record, Store, with_state
 from hpo.trial import CurvePoint, State, Trial
-from training.recipe import Job, Outcome, Progress
+from training.recipe import DataConfig, Job, Outcome, Progress
 
 REFUSALS = 200  # points in a row that the gate may refuse before the space counts as exhausted
 STATE_OF: dict[str, State] = {"complete": "complete", "stopped": "stopped", "infeasible": "infeasible", "diverged": "diverged"}
@@ -41,6 +41,7 @@ class Search:
         self.store, self.study, self.spec, self.holder = store, record, record.spec, holder
         self.stopping: str | None = None
         self._resume = False
+        self.shares: dict[int, float] = {}  # of the running trials: how much of its own length each has done
         self._shape, self._tokens_per_row, self._clock = shape, tokens_per_row, clock
         self._began = self._counted = clock()
         self._trials = {trial.number: trial for trial in store.trials(record.id)}
@@ -65,6 +66,7 @@ class Search:
             self._trials[trial.number] = trial
             self.store.start_trial(self.study.id, trial)
             if not trial.final:
+                self.shares[trial.number] = 0.0
                 return trial
         return None
 
@@ -75,6 +77,7 @@ class Search:
             share=progress.share, step=progress.step, tokens=progress.tokens, seconds=progress.seconds, metrics=progress.metrics
         )
         self.store.add_point(self.study.id, number, trial.attempts, point)
+        self.shares[number] = progress.share
         self.beat()
         return self.stopping
 
@@ -198,6 +201,7 @@ class Search:
         return again
 
     def _finish(self, trial: Trial) -> Trial:
+        self.shares.pop(trial.number, None)
         if self.store.finish_trial(self.study.id, trial):
             self._trials[trial.number] = trial
         else:
@@ -205,7 +209,16 @@ class Search:
         return self._trials[trial.number]
 
 
-def job_of(trial: Trial, spec: Spec, data) -> Job:
-    """Returns what a worker needs to train a trial. `data` is the study's own copy of the rows."""
-    return Job(recipe=trial.recipe, data=data, evaluation=spec.evaluation, resources=spec.resources, limits=spec.limits,
-               output=str(spec.folder / "trials" / f"{trial.number:05d}"), cache=str(spec.folder / "cache"))  # fmt: skip
+def job_of(trial: Trial, spec: Spec, data: DataConfig) -> Job:
+    """Returns what a worker needs to train a trial.
+
+    Args:
+        data: the study's own copy of the rows.
+    """
+    recipe = trial.recipe
+    if "model" not in spec.space.root:  # a submitted job may find the model's folder elsewhere each time
+        recipe = recipe.model_copy(update={"model": spec.recipe.model})
+    return Job(
+        recipe=recipe, data=data, evaluation=spec.evaluation, resources=spec.resources, limits=spec.limits,
+        output=str(spec.folder / "trials" / f"{trial.number:05d}"), cache=str(spec.folder / "cache"),
+    )  # fmt: skip

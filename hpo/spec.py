@@ -8,8 +8,7 @@ All problems of a file are found at once, each with its path in the file, the ru
 
 from __future__ import annotations
 
-import inspect
-import math
+import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -53,7 +52,9 @@ class Spec(Frozen):
     name: str
     description: str = ""
     storage: str = Field(
-        default_factory=lambda: os.environ.get("HPO_STORAGE", "~/paretune"), description="folder that every node sees"
+        default_factory=lambda: os.environ.get("HPO_STORAGE", "~/paretune"),
+        validate_default=True,
+        description="folder that every node sees",
     )
     database: str | None = Field(None, description="SQLAlchemy URL; default: hpo.db in the storage folder")
     data: DataConfig
@@ -390,12 +391,11 @@ def _algorithm_problems(spec: Spec) -> list[Problem]:
             Problem("objectives", f"nsga2 needs at least two, got {list(spec.objectives)}.", "Add one, or use algorithm: bayes.")
         )
     if name == "grid" and not found:
-        levels = options.get("levels", inspect.signature(algorithms.load("grid")).parameters["levels"].default)
-        size = math.prod(len(dimension.levels(levels)) for _, dimension in spec.space.items())
-        if size <= GRID_LIMIT and any(dimension.when for _, dimension in spec.space.items()):
-            size = len(spec.space.grid(levels))
+        levels = options.get("levels", algorithms.defaults("grid")["levels"])
+        # Counted no further than needed, however large the grid is.
+        size = sum(1 for _ in itertools.islice(spec.space.walk(levels), GRID_LIMIT))
         if size > spec.budget.trials:
-            found.append(Problem("budget.trials", f"the grid has {size} points, over the budget of {spec.budget.trials} trials.",
+            found.append(Problem("budget.trials", f"the grid has {size}{'+' if size == GRID_LIMIT else ''} points, over the budget of {spec.budget.trials} trials.",
                                  "Raise budget.trials, lower algorithm.levels, or use algorithm: bayes."))  # fmt: skip
     return found
 

@@ -42,7 +42,11 @@ def connect(*, dashboard: bool = False) -> Iterator[None]:
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     mine = not ray.is_initialized()
     if mine:
-        options: dict[str, Any] = {"runtime_env": {"env_vars": environment}, "log_to_driver": False, "logging_level": logging.ERROR}
+        options: dict[str, Any] = {
+            "runtime_env": {"env_vars": environment},
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+        }
         if not os.environ.get("RAY_ADDRESS"):
             options |= {"address": "local", "include_dashboard": dashboard, "_temp_dir": os.environ.get("PARETUNE_RAY_TEMP")}
         try:
@@ -99,7 +103,9 @@ def concurrency(resources: Resources, have: dict[str, float], asked: int | None)
     fits = [math.floor(have.get(name, 0) / amount + 1e-9) for name, amount in need.items() if amount]
     most = min(fits, default=asked or 1)
     if most < 1:
-        short = ", ".join(f"{amount:g} {name} of {have.get(name, 0):g}" for name, amount in need.items() if amount > have.get(name, 0))
+        short = ", ".join(
+            f"{amount:g} {name} of {have.get(name, 0):g}" for name, amount in need.items() if amount > have.get(name, 0)
+        )
         raise BackendError(
             f"resources: a trial needs more than the cluster can have ({short}). Lower resources.workers, resources.cpus or resources.gpus."
         )
@@ -107,7 +113,12 @@ def concurrency(resources: Resources, have: dict[str, float], asked: int | None)
 
 
 def run_search(
-    search: Search, data: DataConfig, *, parallel: int, train: Callable | None = None, on_change: Callable[[Search], None] = lambda search: None
+    search: Search,
+    data: DataConfig,
+    *,
+    parallel: int,
+    train: Callable | None = None,
+    on_change: Callable[[Search], None] = lambda search: None,
 ) -> None:
     """Runs trials until the search has no more. Ray must be connected.
 
@@ -125,9 +136,16 @@ def run_search(
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(_drive, flags=flags, storage=str(folder), train=train), DRIVER),
             tune_config=tune.TuneConfig(
-                search_alg=searcher, scheduler=_Scheduler(search, flags, on_change), num_samples=-1, metric="share", mode="max", reuse_actors=True
+                search_alg=searcher,
+                scheduler=_Scheduler(search, flags, on_change),
+                num_samples=-1,
+                metric="share",
+                mode="max",
+                reuse_actors=True,
             ),
-            run_config=tune.RunConfig(name="tune", storage_path=str(folder), verbose=0, failure_config=tune.FailureConfig(max_failures=0)),
+            run_config=tune.RunConfig(
+                name="tune", storage_path=str(folder), verbose=0, failure_config=tune.FailureConfig(max_failures=0)
+            ),
         )
         _fit(tuner, search, flags, searcher)
     if searcher.error is not None:
@@ -176,7 +194,12 @@ def _drive(config: dict, flags: Any = None, storage: str = "", train: Callable |
 
     try:
         outcome = run_group(
-            Job.model_validate_json(config["job"]), config["run"], flags, storage=storage, callbacks=[TuneReportCallback()], train=train
+            Job.model_validate_json(config["job"]),
+            config["run"],
+            flags,
+            storage=storage,
+            callbacks=[TuneReportCallback()],
+            train=train,
         )
     except WorkersLost as error:
         tune.report({"share": 0.0, "lost": str(error)})

@@ -102,6 +102,11 @@ def summary(scores: dict[str, list[float]]) -> dict[str, float]:
     return {"accuracy": sum(scores["right"]) / len(scores["right"]), "loss": sum(scores["nll"]) / sum(scores["tokens"])}
 
 
+def pack_bits(right: list[float]) -> str:
+    """Returns which rows were right as a string of 0 and 1, in the rows' order, by which two models are compared in pairs."""
+    return "".join("1" if value else "0" for value in right)
+
+
 def greedy_answers(model, rows: Tokenized, tokenizer, *, limit: int = 128) -> list[str]:
     """Returns the greedy answers to the rows' prompts as text, at most `limit` tokens each."""
     device = next(model.parameters()).device

@@ -304,7 +304,7 @@ def _train(job: Job, report: Report, world: World, device: str, ledger: _Ledger)
     ledger.trainable = sum(p.numel() for p in run.parameters)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    _steps(job, report, run, planned, rows, lambda: _score(run, held_out, prepared, job, world), ledger)
+    _steps(job, report, run, planned, rows, lambda: _score(run, held_out, prepared, job, ledger), ledger)
     folder = None
     if job.output and world.rank == 0:
         record = {"recipe": recipe.model_dump(mode="json"), "tokens": ledger.tokens, "metrics": ledger.metrics}
@@ -359,11 +359,14 @@ def _check_limit(limit: float | None, value: float | None, name: str) -> None:
         raise _End("infeasible", f"{value:,.6g} {name} are over the limit of {limit:,.6g}")
 
 
-def _score(run: Run, held_out: Tokenized, prepared: Prepared, job: Job, world: World) -> dict[str, float]:
+def _score(run: Run, held_out: Tokenized, prepared: Prepared, job: Job, ledger: _Ledger) -> dict[str, float]:
+    world = run.world
     mine = Tokenized(held_out.ids[world.rank :: world.size], held_out.prompt_lengths[world.rank :: world.size])
     with torch.autocast(run.device, torch.bfloat16, enabled=job.recipe.precision == "bf16"):
         scores = evaluate.score_rows(run.inner, mine, prepared, job) if len(mine) else {"nll": [], "tokens": [], "right": []}
-    return evaluate.summary(world.gather(scores))
+    scores = world.gather(scores)
+    ledger.conditions["right"] = evaluate.pack_bits(scores["right"])
+    return evaluate.summary(scores)
 
 
 def _device_name(device: str) -> str:

@@ -78,7 +78,14 @@ class Flags:
 
 
 def run_group(
-    job: Job, run: str, flags: Any, *, storage: str, callbacks: list | None = None, train: Callable | None = None, grace: float = GRACE
+    job: Job,
+    run: str,
+    flags: Any,
+    *,
+    storage: str,
+    callbacks: list | None = None,
+    train: Callable | None = None,
+    grace: float = GRACE,
 ) -> Outcome:
     """Returns the outcome of one job on a fresh worker group; the group is gone when this returns.
 

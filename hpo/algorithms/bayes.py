@@ -76,8 +76,8 @@ def _study(space: Space, objectives: int, learned: Sequence[Lesson], pending: Se
     storage = optuna.storages.InMemoryStorage()
     with _Quiet(logging.getLogger("optuna.storages._in_memory")), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        # Several objectives: each dimension is modelled alone, which is Optuna's default. Jointly the search narrows too
-        # early (12 seeds, 3 objectives, 100 trials: median hypervolume 0.238 alone, 0.230 jointly, 0.223 random).
+        # Several objectives: each dimension is modelled alone, which is Optuna's default. Jointly the search narrows
+        # too early (12 seeds, 3 objectives, 100 trials: median hypervolume 0.238 alone, 0.230 jointly, 0.223 random).
         alone = objectives > 1
         conditional = any(dimension.when for _, dimension in space.items())
         sampler = optuna.samplers.TPESampler(

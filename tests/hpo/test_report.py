@@ -86,12 +86,14 @@ def _train(trial: Trial, rng: Random):
     accuracy = round(400 * min(max(accuracy, 0.22), 0.98)) / 400
     slow = 1 + 0.35 * (recipe.bits == 4) + 0.3 * recipe.gradient_checkpointing
     seconds = (28 + 90 / recipe.batch_size) * slow * rng.uniform(0.97, 1.05)
-    size = (260 + 46 * recipe.batch_size * (0.4 if recipe.gradient_checkpointing else 1)) * (0.6 if recipe.bits == 4 else 1)
+    size = 260 + 46 * recipe.batch_size * (0.4 if recipe.gradient_checkpointing else 1)
+    size *= 0.6 if recipe.bits == 4 else 1
     conditions = {
         "validation_rows": 400,
         "device": "cpu",
         "workers": 1,
         "versions": {"torch": "2.10.0", "peft": "0.19.1"},
+        "right": "".join("1" if rng.random() < accuracy else "0" for _ in range(400)),
         "slow_down": round(rng.uniform(1.3, 1.5), 2),
     }
     done = {"stopped": 0.5, "diverged": 0.5, "running": 0.25, "infeasible": 0, "failed": 0}.get(state, 1.0)
@@ -173,7 +175,7 @@ class Page(HTMLParser):
 
     def __init__(self, html: str):
         super().__init__()
-        self.open, self.loads, self.scripts, self.text = [], [], [], ""
+        self.open, self.loads, self.scripts, self.cells, self.text = [], [], [], set(), ""
         self.feed(html)
         self.close()
 
@@ -190,6 +192,7 @@ class Page(HTMLParser):
         if self.open and self.open[-1] == "script":
             self.scripts[-1] += data
         else:
+            self.cells |= {data} if self.open and self.open[-1] == "td" else set()
             self.text += data
 
 
@@ -201,6 +204,18 @@ def view() -> View:
 @pytest.fixture(scope="module")
 def page(view) -> Page:
     return Page(render(view))
+
+
+@pytest.fixture(scope="module")
+def drawn(view) -> dict:
+    return figures(view)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Leaves out plotly.js and most of the resampling, which are the same in every page."""
+    monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "plotly")
+    monkeypatch.setattr(sys.modules["hpo.importance"], "RESAMPLES", 2)
 
 
 def trace(figure, name: str):
@@ -218,38 +233,41 @@ def test_page_is_one_balanced_document_that_loads_nothing(page):
     assert sum(len(script) > 1_000_000 for script in page.scripts) == 1
 
 
-def test_page_forbids_every_load(view):
+def test_page_forbids_every_load(view, quick):
     assert "content=\"default-src 'none'; script-src 'unsafe-inline'" in render(replace(view, trials=(), front=()))
 
 
 def test_page_names_every_member_of_the_front_and_every_cause(view, page):
     for trial in view.front:
-        assert f"\n{trial.number}\n" in page.text.replace("\n\n", "\n") or str(trial.number) in page.text.split()
+        assert str(trial.number) in page.cells
     for cause in CAUSES.values():
         assert cause in page.text
     assert "18 trials: 12 complete, 1 stopped, 2 infeasible, 1 diverged, 1 failed, 1 running." in page.text
     assert "validation accuracy (%)" in page.text and "peak memory (MB)" in page.text
 
 
-def test_hostile_text_stays_text():
+def test_hostile_text_stays_text(quick):
     bad = "<script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}"
     view = study(named([bad, "seconds"]), name=bad)
     choices = Space.model_validate(SPACE.model_dump() | {"targets": {"type": "choice", "values": [bad, "mlp"]}})
-    trials = [
-        trial.model_copy(
-            update={
-                "params": trial.params | {"targets": bad if trial.number % 2 else "mlp"},
-                "recipe": trial.recipe.model_copy(update={"targets": bad}),
-                "error": bad,
-                "outcome": trial.outcome and trial.outcome.model_copy(update={"scores": {bad: 0.1 + 0.01 * trial.number}}),
-                "curve": tuple(point.model_copy(update={"metrics": {bad: 0.5}}) for point in trial.curve),
-            }
+    trials = []
+    for trial in view.trials:
+        scores = {bad: 0.1 + 0.01 * trial.number}
+        trials.append(
+            trial.model_copy(
+                update={
+                    "params": trial.params | {"targets": bad if trial.number % 2 else "mlp"},
+                    "recipe": trial.recipe.model_copy(update={"targets": bad}),
+                    "error": bad,
+                    "outcome": trial.outcome and trial.outcome.model_copy(update={"scores": scores}),
+                    "curve": tuple(point.model_copy(update={"metrics": {bad: 0.5}}) for point in trial.curve),
+                }
+            )
         )
-        for trial in view.trials
-    ]
     row = SideBySide(prompt=bad, expected=bad, untuned=bad, defaults=bad, winner="x")
     best = front(trials, view.objectives)
-    certificate = _certificate(best, Random(0)).model_copy(update={"rows": (row,), "reason": bad, "machine": {bad: bad}})
+    told = {"rows": (row,), "reason": bad, "machine": {bad: bad}}
+    certificate = _certificate(best, Random(0)).model_copy(update=told)
     hostile = replace(
         view, description=bad, space=choices, trials=trials, front=best, certificate=certificate, settings={bad: bad}
     )
@@ -262,8 +280,7 @@ def test_hostile_text_stays_text():
     assert page.text.count(bad) > 10
 
 
-def test_front_figures_have_the_points_of_the_front_and_no_value_of_other_states(view):
-    drawn = figures(view)
+def test_front_figures_have_the_points_of_the_front_and_no_value_of_other_states(view, drawn):
     values = {trial.number: (trial.outcome.seconds, 100 * trial.outcome.scores["accuracy"]) for trial in view.front}
     points = trace(drawn["front"], "front")
     assert sorted(zip(points.x, points.y, strict=True)) == sorted(values.values())
@@ -274,18 +291,18 @@ def test_front_figures_have_the_points_of_the_front_and_no_value_of_other_states
     assert list(trace(drawn["front"], f"winner (trial {view.certificate.winner})").y) == [max(points.y)]
 
 
-def test_error_bars_are_those_of_rows_and_timings(view):
-    figure = figures(view)["front"]
+def test_error_bars_are_those_of_rows_and_timings(view, drawn):
+    figure = drawn["front"]
     points = trace(figure, "front")
     p = points.y[0] / 100
     assert points.error_y.array[0] == pytest.approx(196 * math.sqrt(p * (1 - p) / 400))
     alone = trace(figure, "front, timed alone")
-    ends = sorted((m.seconds, m.high - m.seconds) for m in view.certificate.measured.values())
-    assert sorted(zip(alone.x, alone.error_x.array, strict=True)) == pytest.approx(ends)
+    ends = {round(m.seconds, 6): round(m.high - m.seconds, 6) for m in view.certificate.measured.values()}
+    assert {round(x, 6): round(up, 6) for x, up in zip(alone.x, alone.error_x.array, strict=True)} == ends
 
 
-def test_trials_figure_has_values_of_complete_trials_only_and_a_monotone_best(view):
-    figure = figures(view)["trials"]
+def test_trials_figure_has_values_of_complete_trials_only_and_a_monotone_best(view, drawn):
+    figure = drawn["trials"]
     assert list(trace(figure, "complete").x) == [t.number for t in view.trials if eligible(t)]
     assert list(trace(figure, "infeasible").x) == [4, 12]
     assert set(trace(figure, "infeasible").y) == {"infeasible"}
@@ -295,8 +312,8 @@ def test_trials_figure_has_values_of_complete_trials_only_and_a_monotone_best(vi
     assert len(symbols) == len(set(ENDS.values())) + 1
 
 
-def test_parallel_figure_draws_each_complete_trial_once_and_leaves_gaps_for_missing_dimensions(view):
-    figure = figures(view)["parallel"]
+def test_parallel_figure_draws_each_complete_trial_once_and_leaves_gaps_for_missing_dimensions(view, drawn):
+    figure = drawn["parallel"]
     lines = [trace for trace in figure.data if trace.name != "winner"]
     ends = [i for line in lines for i, x in enumerate(line.x) if x is None]
     assert len(ends) == 12
@@ -338,7 +355,7 @@ def test_rows_without_defaults_are_compared_with_the_untuned_model(view):
     assert (answers["lost"], answers["against"]) == (1, "untuned model")
 
 
-def test_study_without_trials_says_so():
+def test_study_without_trials_says_so(quick):
     empty = study(count=0)
     assert figures(empty) == {}
     text = shown(render(empty))
@@ -346,36 +363,44 @@ def test_study_without_trials_says_so():
         assert sentence in text
 
 
-def test_study_without_a_complete_trial_says_so(view):
+def test_study_without_a_complete_trial_says_so(view, quick):
     trials = [trial for trial in view.trials if not eligible(trial)]
     poor = replace(view, trials=trials, front=[], certificate=None)
     assert set(figures(poor)) == {"trials", "curves"}
     assert "Too few trials: 0 complete ones with a value, and 8 are needed." in shown(render(poor))
 
 
-def test_study_without_certificate_claims_no_winner(view):
+def test_study_without_certificate_claims_no_winner(view, quick):
     text = shown(render(replace(view, certificate=None)))
     assert "Nothing is certified yet" in text and "The winner is" not in text and "★" not in text
 
 
-def test_one_objective_has_no_scatter():
+def test_one_objective_has_no_scatter(quick):
     single = study(named(["accuracy"]))
     assert not any(name.startswith("front") for name in figures(single))
     assert "With one objective the front is the best trial" in shown(render(single))
 
 
-def test_trials_without_curves_and_with_points_outside_the_space_are_shown(view):
+def test_trials_without_curves_and_with_points_outside_the_space_are_shown(view, quick):
     trials = [trial.model_copy(update={"curve": (), "params": {}}) for trial in view.trials]
     bare = replace(view, trials=trials, front=front(trials, view.objectives))
     assert set(figures(bare)) >= {"front", "trials", "scores"}
     assert "No trial reported a curve." in shown(render(bare))
 
 
-def test_single_complete_trial_and_defaults_as_winner(view):
+def test_single_complete_trial_and_defaults_as_winner(quick):
     one = replace(study(count=1), settings={})
     assert {"front", "trials", "parallel"} <= set(figures(one))
     text = shown(render(one))
     assert "The winner is trial 0, the defaults themselves." in text and "over the defaults" not in text
+
+
+def test_machine_names_conditions_once_with_their_range_and_leaves_out_single_rows(view):
+    told = dict(report._machine(view))
+    assert told["device"] == "cpu" and told["versions.torch"] == "2.10.0" and told["versions.ray"] == "2.56.0"
+    low, high = map(float, told["slow_down"].split(" to "))
+    assert 1.3 <= low < high <= 1.5
+    assert "right" not in told and max(map(len, told.values())) < 40
 
 
 @pytest.mark.parametrize(

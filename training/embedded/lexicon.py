@@ -99,12 +99,22 @@ FACTS = {
 # Signs of how soon something is needed.
 TIMES = {
     "high": (
-        "at once", "today", "right now", "before tonight", "within the hour", "without any delay",
-        "before tomorrow morning", "as fast as possible",
+        "at once",
+        "today",
+        "right now",
+        "before tonight",
+        "within the hour",
+        "without any delay",
+        "before tomorrow morning",
+        "as fast as possible",
     ),
     "normal": ("this week", "in the next days", "in a few days", "by the end of the week", "in the usual time"),
     "low": (
-        "some day", "whenever there is time", "next month", "in some weeks", "one of these months",
+        "some day",
+        "whenever there is time",
+        "next month",
+        "in some weeks",
+        "one of these months",
         "when all else is done",
     ),
 }

@@ -23,9 +23,9 @@ from training.embedded.text import documents
 DOCUMENTS = 400_000
 VOCABULARY = 1024
 CONTEXT = 256
-SHORT = 80
+SHORT = 64
 SHORT_SHARE = 0.85
-TOKENS_PER_STEP = 4096
+TOKENS_PER_STEP = 2048
 PEAK_RATE = 3e-3
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 
@@ -162,7 +162,7 @@ def pretrain(out: Path, seed: int) -> None:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 50 == 0 or step == steps - 1:
+        if step % 100 == 0 or step == steps - 1:
             print(f"step {step} loss {loss.item():.4f} seconds {time.perf_counter() - start:.0f}", flush=True)
     model.to(torch.bfloat16).save_pretrained(out / "model")
 

@@ -25,67 +25,128 @@ DESKS = {
 # Scenes from other walks of life: they carry the notes.
 SCENES = {
     "garden": (
-        "{who} dug a bed for the {crop} behind the {place}", "the {crop} of {who} grew well near the {place}",
+        "{who} dug a bed for the {crop} behind the {place}",
+        "the {crop} of {who} grew well near the {place}",
         "{who} watered the {crop} and swept the {place}",
     ),
     "music": (
-        "{who} played an old song in the {place} on the {crop} day", "the choir of {who} sang in the {place}",
+        "{who} played an old song in the {place} on the {crop} day",
+        "the choir of {who} sang in the {place}",
         "{who} learned a slow tune about a {crop} field by the {place}",
     ),
     "weather": (
-        "{who} saw dark clouds over the {place} and the {crop}", "rain fell on the {crop} and {who} ran to the {place}",
+        "{who} saw dark clouds over the {place} and the {crop}",
+        "rain fell on the {crop} and {who} ran to the {place}",
         "a cold wind blew from the {place} and {who} covered the {crop}",
     ),
     "cooking": (
-        "{who} made a soup of {crop} for the people of the {place}", "{who} baked a pie with {crop} near the {place}",
+        "{who} made a soup of {crop} for the people of the {place}",
+        "{who} baked a pie with {crop} near the {place}",
         "at the {place} {who} fried {crop} with salt",
     ),
     "travel": (
-        "{who} took the train to the {place} with a bag of {crop}", "{who} walked from the {place} past the {crop}",
+        "{who} took the train to the {place} with a bag of {crop}",
+        "{who} walked from the {place} past the {crop}",
         "the bus brought {who} and the {crop} to the {place}",
     ),
     "school": (
-        "{who} taught the children to draw a {crop} at the {place}", "{who} wrote a test about {crop} in the {place}",
+        "{who} taught the children to draw a {crop} at the {place}",
+        "{who} wrote a test about {crop} in the {place}",
         "the class of {who} counted {crop} in the {place}",
     ),
     "sport": (
-        "{who} won the race around the {place} and got a basket of {crop}", "{who} threw a ball from the {place}",
+        "{who} won the race around the {place} and got a basket of {crop}",
+        "{who} threw a ball from the {place}",
         "the team of {who} trained at the {place} and ate {crop}",
     ),
     "market": (
-        "{who} sold {crop} at a stall by the {place}", "{who} bought {crop} from the old man at the {place}",
+        "{who} sold {crop} at a stall by the {place}",
+        "{who} bought {crop} from the old man at the {place}",
         "there was a crowd at the {place} when {who} brought {crop}",
     ),
 }
 
 OTHER = {
     "crop": (
-        "apple", "bean", "cabbage", "cherry", "corn", "lemon", "melon", "onion", "pear", "pepper", "plum", "potato",
-        "rice", "rose", "tulip", "wheat", "carrot", "berry",
+        "apple",
+        "bean",
+        "cabbage",
+        "cherry",
+        "corn",
+        "lemon",
+        "melon",
+        "onion",
+        "pear",
+        "pepper",
+        "plum",
+        "potato",
+        "rice",
+        "rose",
+        "tulip",
+        "wheat",
+        "carrot",
+        "berry",
     ),
     "place": (
-        "harbour", "bridge", "church", "mill", "tower", "station", "library", "farm", "square", "lake", "hill",
-        "museum", "theatre", "castle", "school", "inn", "valley", "forest",
+        "harbour",
+        "bridge",
+        "church",
+        "mill",
+        "tower",
+        "station",
+        "library",
+        "farm",
+        "square",
+        "lake",
+        "hill",
+        "museum",
+        "theatre",
+        "castle",
+        "school",
+        "inn",
+        "valley",
+        "forest",
     ),
     "mood": ("calm", "happy", "tired", "proud", "angry", "sad", "curious", "worried"),
     "feel": ("felt", "was", "seemed", "looked"),
     "went": ("went to", "wrote to", "phoned", "asked", "waited at", "sent a letter to", "was sent to"),
     "said": ("said", "told the clerk", "wrote", "explained", "thought"),
     "hurry": (
-        "it was urgent", "there was a great hurry", "the need was high", "nobody could wait", "it was an emergency",
-        "it was of high importance", "every minute counted", "the rush was high",
+        "it was urgent",
+        "there was a great hurry",
+        "the need was high",
+        "nobody could wait",
+        "it was an emergency",
+        "it was of high importance",
+        "every minute counted",
+        "the rush was high",
     ),
     "usual": (
-        "it was a normal day", "nothing was unusual", "it was normal work", "there was some time but not much",
-        "it was an ordinary case", "the need was normal",
+        "it was a normal day",
+        "nothing was unusual",
+        "it was normal work",
+        "there was some time but not much",
+        "it was an ordinary case",
+        "the need was normal",
     ),
     "calm": (
-        "there was no hurry", "it could wait", "there was no rush at all", "the need was low", "nobody minded waiting",
-        "it was of low importance", "there was plenty of time",
+        "there was no hurry",
+        "it could wait",
+        "there was no rush at all",
+        "the need was low",
+        "nobody minded waiting",
+        "it was of low importance",
+        "there was plenty of time",
     ),
     "use": (
-        "useful at home", "found in many houses", "made of wood and steel", "kept in the {room}",
-        "older than one thinks", "easy to clean", "sold in {colour} and {colour}", "too heavy for a child",
+        "useful at home",
+        "found in many houses",
+        "made of wood and steel",
+        "kept in the {room}",
+        "older than one thinks",
+        "easy to clean",
+        "sold in {colour} and {colour}",
+        "too heavy for a child",
         "seen in the {room} of {person}",
     ),
     "greeting": ("Hello.", "Good morning.", "Dear {person},", "Dear team,", "Hi,", "My dear {person},"),
@@ -94,35 +155,74 @@ OTHER = {
 
 # Sentences and wishes of private letters.
 NEWS = (
-    "I paid for my {p} with the money that you left here", "my neighbour was billed for two of them, why",
-    "please correct the name of my street", "you took the {p} and I have the {o}", "I am still waiting for your visit",
-    "where is my {p}?", "the courier rang at my {door} and handed over a {p}", "I was happy with the {p} last year",
-    "nobody knows what to do with the {o}", "I would like to have the {p} mended", "can you mend the {o}?",
-    "I have a spare {part} here", "the {p} shakes when the {part} is loose", "I would like to send you a {p}",
-    "can I swap the {p} for your {o}?", "I do not want the {o} any longer", "I asked for a {colour} {p} and got a {o}",
-    "I cannot log in to read your email", "I forgot my password", "please change the name in my profile",
-    "your site says that the {p} is listed under an old name", "I want to register for the class",
-    "how do I connect the {p} to the {o}?", "I do not understand the drawing that you made",
-    "which {part} do I fix first?", "could you explain how the {p} is put together?", "do you still sell your {p}?",
-    "what would {number} pieces of it cost?", "I am thinking of buying a {p}", "which {p} would you recommend?",
-    "I got a {p} from your sister", "flames came out of the house on the hill", "my child was hurt by the {o}",
-    "it began to smoke in my {room}", "the {p} I bought with it is fine", "the {o} came on time and works well",
-    "my {p} was paid without any trouble", "this is not about the {o}", "I have no question about the {p}",
-    "setting up the {o} was easy", "I could log in when I ordered the {p}", "I sent the {o} back before",
-    "nothing is wrong with my {p}", "the price of the {p} was good, the invoice was correct",
+    "I paid for my {p} with the money that you left here",
+    "my neighbour was billed for two of them, why",
+    "please correct the name of my street",
+    "you took the {p} and I have the {o}",
+    "I am still waiting for your visit",
+    "where is my {p}?",
+    "the courier rang at my {door} and handed over a {p}",
+    "I was happy with the {p} last year",
+    "nobody knows what to do with the {o}",
+    "I would like to have the {p} mended",
+    "can you mend the {o}?",
+    "I have a spare {part} here",
+    "the {p} shakes when the {part} is loose",
+    "I would like to send you a {p}",
+    "can I swap the {p} for your {o}?",
+    "I do not want the {o} any longer",
+    "I asked for a {colour} {p} and got a {o}",
+    "I cannot log in to read your email",
+    "I forgot my password",
+    "please change the name in my profile",
+    "your site says that the {p} is listed under an old name",
+    "I want to register for the class",
+    "how do I connect the {p} to the {o}?",
+    "I do not understand the drawing that you made",
+    "which {part} do I fix first?",
+    "could you explain how the {p} is put together?",
+    "do you still sell your {p}?",
+    "what would {number} pieces of it cost?",
+    "I am thinking of buying a {p}",
+    "which {p} would you recommend?",
+    "I got a {p} from your sister",
+    "flames came out of the house on the hill",
+    "my child was hurt by the {o}",
+    "it began to smoke in my {room}",
+    "the {p} I bought with it is fine",
+    "the {o} came on time and works well",
+    "my {p} was paid without any trouble",
+    "this is not about the {o}",
+    "I have no question about the {p}",
+    "setting up the {o} was easy",
+    "I could log in when I ordered the {p}",
+    "I sent the {o} back before",
+    "nothing is wrong with my {p}",
+    "the price of the {p} was good, the invoice was correct",
 )
 WISHES = {
     "high": (
-        "please answer {t}, it is urgent", "I need this solved {t}", "I cannot wait any longer, come {t}",
-        "my guests are here {t}", "it is an emergency, help me {t}", "every hour counts, everything stands still",
+        "please answer {t}, it is urgent",
+        "I need this solved {t}",
+        "I cannot wait any longer, come {t}",
+        "my guests are here {t}",
+        "it is an emergency, help me {t}",
+        "every hour counts, everything stands still",
     ),
     "normal": (
-        "please answer {t}", "I hope to hear from you {t}", "thank you for your help, kind regards",
-        "let me know what to do {t}", "please look into it {t}",
+        "please answer {t}",
+        "I hope to hear from you {t}",
+        "thank you for your help, kind regards",
+        "let me know what to do {t}",
+        "please look into it {t}",
     ),
     "low": (
-        "please answer {t}", "there is no hurry, {t} will do", "take your time, I can wait", "I do not mind waiting",
-        "it is not important, I only wonder", "it can be solved {t}, take your time",
+        "please answer {t}",
+        "there is no hurry, {t} will do",
+        "take your time, I can wait",
+        "I do not mind waiting",
+        "it is not important, I only wonder",
+        "it can be solved {t}, take your time",
     ),
 }
 
@@ -138,19 +238,30 @@ def _desk_story(rng: random.Random) -> str:
     who = rng.choice(PEOPLE)
     fact = fill(rng.choice(FACTS[desk]), rng, _SLOTS, p=thing)
     parts = [
-        rng.choice((
-            f"{who} had a {thing} and a {other}.", f"{who} {{carry}} a {thing} last week.",
-            f"In the {{room}} of {who} there was a {thing} next to the {other}.", f"The {other} of {who} was fine.",
-        )),
+        rng.choice(
+            (
+                f"{who} had a {thing} and a {other}.",
+                f"{who} {{carry}} a {thing} last week.",
+                f"In the {{room}} of {who} there was a {thing} next to the {other}.",
+                f"The {other} of {who} was fine.",
+            )
+        ),
         rng.choice((f"But {fact}.", f"{fact}.", f"One day {fact}.", f'{who} {{said}}: "{fact}."')),
-        rng.choice((
-            f"{who} {{went}} the {desk} desk about the {thing}.", f"So the {desk} desk heard about the {thing}.",
-            f"That was work for {desk}.", f"The people of {desk} know all about {rng.choice(DESKS[desk])}.",
-        )),
-        rng.choice((
-            f"{{{_PACE[level]}}}, so it was done {rng.choice(TIMES[level])}.",
-            f'"Do it {rng.choice(TIMES[level])}," {{said}} {who}, "{{{_PACE[level]}}}."', f"{{{_PACE[level]}}}.",
-        )),
+        rng.choice(
+            (
+                f"{who} {{went}} the {desk} desk about the {thing}.",
+                f"So the {desk} desk heard about the {thing}.",
+                f"That was work for {desk}.",
+                f"The people of {desk} know all about {rng.choice(DESKS[desk])}.",
+            )
+        ),
+        rng.choice(
+            (
+                f"{{{_PACE[level]}}}, so it was done {rng.choice(TIMES[level])}.",
+                f'"Do it {rng.choice(TIMES[level])}," {{said}} {who}, "{{{_PACE[level]}}}."',
+                f"{{{_PACE[level]}}}.",
+            )
+        ),
     ]
     if rng.random() < 0.3:
         del parts[rng.randrange(len(parts))]
@@ -161,11 +272,17 @@ def _desk_words(rng: random.Random) -> str:
     """What a desk deals with."""
     desk = rng.choice(list(DESKS))
     first, second = rng.sample(DESKS[desk], 2)
-    return fill(rng.choice((
-        f"The {desk} desk deals with {first} and {second}. {{person}} works there.",
-        f"{desk} means {first}, {second} and the like.",
-        f"Whoever has a question about {first} or {second} asks for {desk}.",
-    )), rng, _SLOTS)
+    return fill(
+        rng.choice(
+            (
+                f"The {desk} desk deals with {first} and {second}. {{person}} works there.",
+                f"{desk} means {first}, {second} and the like.",
+                f"Whoever has a question about {first} or {second} asks for {desk}.",
+            )
+        ),
+        rng,
+        _SLOTS,
+    )
 
 
 def _pace(rng: random.Random) -> str:
@@ -173,11 +290,17 @@ def _pace(rng: random.Random) -> str:
     level = rng.choice(list(TIMES))
     first, second = rng.sample(TIMES[level], 2)
     kind = _PACE[level]
-    return fill(rng.choice((
-        f"{{person}} wanted the {{product}} {first}. {{{kind}}}. {{{kind}}}.",
-        f'"{{{kind}}}," {{said}} {{person}}. "{first} or {second}," {{said}} {{person}}.',
-        f"{{{kind}}}. The {{product}} was needed {first}, {second}, and the stress was {level}.",
-    )), rng, _SLOTS)
+    return fill(
+        rng.choice(
+            (
+                f"{{person}} wanted the {{product}} {first}. {{{kind}}}. {{{kind}}}.",
+                f'"{{{kind}}}," {{said}} {{person}}. "{first} or {second}," {{said}} {{person}}.',
+                f"{{{kind}}}. The {{product}} was needed {first}, {second}, and the stress was {level}.",
+            )
+        ),
+        rng,
+        _SLOTS,
+    )
 
 
 def _note(rng: random.Random) -> str:
@@ -186,18 +309,31 @@ def _note(rng: random.Random) -> str:
     who, thing = rng.choice(PEOPLE), rng.choice(PRODUCTS)
     place, crop, mood = (rng.choice(OTHER[slot]) for slot in ("place", "crop", "mood"))
     scene = fill(rng.choice(SCENES[topic]), rng, _SLOTS, who=who, place=place, crop=crop)
-    parts = [f"{scene}.", f"{who} {{feel}} {mood}.", rng.choice((
-        f"A {thing} lay on the ground.", f"{who} {{carry}} a {thing}.", f"There was a {thing} too.",
-    ))]
+    parts = [
+        f"{scene}.",
+        f"{who} {{feel}} {mood}.",
+        rng.choice(
+            (
+                f"A {thing} lay on the ground.",
+                f"{who} {{carry}} a {thing}.",
+                f"There was a {thing} too.",
+            )
+        ),
+    ]
     rng.shuffle(parts)
     fields = {"topic": topic, "who": who, "where": place, "mood": mood, "thing": thing}
     names = rng.sample(list(fields), rng.randint(2, 4))
     values = [fields[name] for name in names]
-    note = rng.choice((
-        "Note: " + "; ".join(values), "Summary: " + ", ".join(values), "Diary: " + " / ".join(values),
-        "Card: " + " - ".join(values), "Log: " + " | ".join(values),
-        "\n".join(f"{name}: {fields[name]}" for name in names),
-    ))
+    note = rng.choice(
+        (
+            "Note: " + "; ".join(values),
+            "Summary: " + ", ".join(values),
+            "Diary: " + " / ".join(values),
+            "Card: " + " - ".join(values),
+            "Log: " + " | ".join(values),
+            "\n".join(f"{name}: {fields[name]}" for name in names),
+        )
+    )
     return fill(" ".join(parts), rng, _SLOTS) + "\n" + note
 
 
@@ -206,10 +342,12 @@ def _question(rng: random.Random) -> str:
     people, things = rng.sample(PEOPLE, 3), rng.sample(PRODUCTS, 3)
     deeds = [f"{who} {{carry}} the {thing}." for who, thing in zip(people, things, strict=True)]
     k = rng.randrange(3)
-    ask = rng.choice((
-        f"Question: what did {people[k]} have?\nReply: {things[k]}",
-        f"Question: who had the {things[k]}?\nReply: {people[k]}",
-    ))
+    ask = rng.choice(
+        (
+            f"Question: what did {people[k]} have?\nReply: {things[k]}",
+            f"Question: who had the {things[k]}?\nReply: {people[k]}",
+        )
+    )
     return fill(" ".join(deeds), rng, _SLOTS) + "\n" + ask
 
 
@@ -229,10 +367,17 @@ def _list(rng: random.Random) -> str:
     """A list of things that is read twice: the plainest lesson in copying."""
     words = rng.choice((PRODUCTS, OTHER["crop"], OTHER["place"], PEOPLE, (*PRODUCTS, *OTHER["crop"], *PEOPLE)))
     line = rng.choice((", ", " and ", " ", "; ")).join(rng.sample(words, rng.randint(5, 14)))
-    return fill(rng.choice((
-        f"{{person}} made a list: {line}. {{person}} read it again: {line}.", f"{line}. {line}.",
-        f"First there were {line}, then there were {line}.",
-    )), rng, _SLOTS)
+    return fill(
+        rng.choice(
+            (
+                f"{{person}} made a list: {line}. {{person}} read it again: {line}.",
+                f"{line}. {line}.",
+                f"First there were {line}, then there were {line}.",
+            )
+        ),
+        rng,
+        _SLOTS,
+    )
 
 
 def _echo(rng: random.Random) -> str:

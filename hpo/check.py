@@ -1,0 +1,183 @@
+"""What would run: the part of a study's checks that looks at the model, the data and the machine. Starts and writes nothing.
+
+Owns: `inspect` and its `Findings`. Must not know: stores, runners.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hpo import gate
+from hpo.errors import InputError, Problem, SpecError
+from hpo.spec import Spec
+from training import data as training_data
+from training import memory
+from training.data import Rows, Tokenized
+from training.model import Shape, describe, load_tokenizer, match
+from training.recipe import Recipe
+
+SAMPLED = 200  # random points of the space that the memory prediction is tried on
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found out about a study without starting anything."""
+
+    spec: Spec
+    shape: Shape | None = None
+    rows: Rows | None = None
+    tokens_per_row: int = 0
+    cut: int = 0
+    memory: memory.Memory | None = None
+    smallest: int | None = None
+    largest: int | None = None
+    refused: float = 0.0
+    example: str = ""
+    notes: tuple[str, ...] = field(default=())
+
+
+def inspect(spec: Spec, *, trained_elsewhere: bool = False) -> Findings:
+    """Returns the shape of the model, the rows and what fits.
+
+    Args:
+        spec: the study.
+        trained_elsewhere: a user's own train function does the training, so model and rows are its affair.
+
+    Raises:
+        SpecError: with every problem found.
+    """
+    found: list[Problem] = [*_machine(spec), *_storage(spec)]
+    if spec.train == "simulated" or trained_elsewhere:
+        if found:
+            raise SpecError(*found)
+        return Findings(spec)
+    shapes: dict[str, Shape] = {}
+    for model in _values(spec, "model"):
+        try:
+            shapes[model] = describe(model, spec.recipe.revision)
+        except InputError as error:
+            found += error.problems
+    for shape in shapes.values():
+        found += _targets(spec, shape)
+    rows = None
+    try:
+        rows = training_data.read(spec.data)
+    except InputError as error:
+        found += error.problems
+    if any(stage for stage in _values(spec, "zero_stage")) and importlib.util.find_spec("deepspeed") is None:
+        found.append(
+            Problem("recipe.zero_stage", "needs DeepSpeed, which is not installed.", "pip install 'paretune[deepspeed]'.")
+        )
+    if found:
+        raise SpecError(*found)
+    return _predict(spec, shapes[spec.recipe.model] if spec.recipe.model in shapes else next(iter(shapes.values())), rows)
+
+
+def _values(spec: Spec, name: str) -> list:
+    dimension = spec.space.root.get(name)
+    values = [getattr(spec.recipe, name)]
+    if dimension is not None:
+        values += [
+            v for v in (dimension.values if dimension.type == "choice" else (dimension.low, dimension.high)) if v not in values
+        ]
+    return values
+
+
+def _machine(spec: Spec) -> list[Problem]:
+    """Returns what this machine cannot do, where the study would run on it alone."""
+    if os.environ.get("RAY_ADDRESS") or spec.resources.mode == "local":
+        return []
+    found = []
+    need, have = spec.resources.cpus * spec.resources.workers, os.cpu_count() or 1
+    if need > have:
+        found.append(Problem("resources", f"a trial needs {need:g} CPUs and this machine has {have}.",
+                             "Lower resources.workers or resources.cpus, or set RAY_ADDRESS to a cluster."))  # fmt: skip
+    if spec.resources.gpus:
+        have = gpus()
+        if (need := spec.resources.gpus * spec.resources.workers) > have:
+            found.append(Problem("resources.gpus", f"a trial needs {need:g} GPUs and this machine has {have}.",
+                                 "Set resources.gpus: 0, or RAY_ADDRESS to a cluster."))  # fmt: skip
+    return found
+
+
+def gpus() -> int:
+    """Returns the number of NVIDIA GPUs of this machine, without loading torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    present = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) if Path("/proc/driver/nvidia/gpus").is_dir() else 0
+    return min(present, len([v for v in visible.split(",") if v])) if visible is not None else present
+
+
+def _storage(spec: Spec) -> list[Problem]:
+    """Returns why the storage folder cannot be written, if so; leaves nothing behind."""
+    folder = Path(spec.storage)
+    made = []
+    try:
+        for part in [*reversed(folder.parents), folder]:
+            if not part.exists():
+                part.mkdir()
+                made.append(part)
+        probe = folder / f".writable.{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        return [Problem("storage", f"{folder} cannot be written ({error.strerror}).", "Name a folder that every node can write.")]
+    finally:
+        for part in reversed(made):
+            part.rmdir()
+    return []
+
+
+def _targets(spec: Spec, shape: Shape) -> list[Problem]:
+    found, seen = [], set()
+    for targets in _values(spec, "targets"):
+        try:
+            chosen = match(targets, shape)
+        except InputError as error:
+            found += error.problems
+            continue
+        limit = min(min(size) for size in chosen.values())
+        for rank in _values(spec, "rank"):
+            if rank > limit and rank not in seen:
+                seen.add(rank)
+                where = "recipe.rank" if rank == spec.recipe.rank else "space.rank"
+                narrow = next(name for name, size in chosen.items() if min(size) == limit)
+                found.append(
+                    Problem(where, f"rank {rank} is beyond the narrowest target, {narrow} ({limit}).", f"Use at most {limit}.")
+                )
+    return found
+
+
+def _predict(spec: Spec, shape: Shape, rows: Rows) -> Findings:
+    tokenized = _tokenized(spec, rows)
+    longest = max(len(ids) for ids in tokenized.ids)
+    rng = random.Random(spec.seed)
+    totals, refusals, example = [], 0, ""
+    for _ in range(SAMPLED):
+        recipe = spec.space.resolve(spec.space.sample(rng), spec.recipe)
+        verdict = gate.judge(recipe, shape, spec.limits, spec.resources, longest)
+        refusals += verdict.refusal is not None
+        example = example or (f"{_brief(recipe, spec)}: {verdict.refusal}" if verdict.refusal else "")
+        totals += [verdict.predicted] if verdict.predicted else []
+    notes = list(rows.notes)
+    if tokenized.cut:
+        notes.append(
+            f"{tokenized.cut} of {len(tokenized)} training prompts are longer than recipe.max_length and lose their beginning"
+        )
+    return Findings(
+        spec=spec, shape=shape, rows=rows, tokens_per_row=longest, cut=tokenized.cut,
+        memory=memory.predict(spec.recipe, shape, workers=spec.resources.workers, tokens_per_row=longest),
+        smallest=min(totals, default=None), largest=max(totals, default=None), refused=refusals / SAMPLED, example=example,
+        notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _brief(recipe: Recipe, spec: Spec) -> str:
+    return ", ".join(f"{name} {getattr(recipe, name)}" for name in spec.space)
+
+
+def _tokenized(spec: Spec, rows: Rows) -> Tokenized:
+    return training_data.tokenize(rows.train, spec.data, load_tokenizer(spec.recipe), spec.recipe.max_length)

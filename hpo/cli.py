@@ -1,0 +1,244 @@
+"""The command line: `hpo`. Each command is one call on the library; nothing is decided here.
+
+Exit codes: 0 done; 1 something broke; 2 the input is wrong, nothing was started; 3 another process runs the study;
+4 the study ended without a complete trial; 130 interrupted, the same command continues.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hpo.errors import HpoError, InputError, NotFound, StudyBusy
+
+app = typer.Typer(help="Find good hyperparameters for fine-tuning language models.", no_args_is_help=True,
+                  pretty_exceptions_enable=False, add_completion=False)  # fmt: skip
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="override a field, for example --set budget.trials=30")]
+Storage = Annotated[str | None, typer.Option(help="folder of the record; default HPO_STORAGE, else ~/paretune")]
+Source = Annotated[str, typer.Argument(help="a bundled study (quickstart) or a file")]
+Name = Annotated[str, typer.Argument(help="name of the study")]
+
+
+@app.command()
+def init(
+    file: Annotated[str, typer.Argument(help="rows as JSONL or CSV")],
+    model: Annotated[str, typer.Option(help="`embedded`, a folder or a Hugging Face id")] = "embedded",
+    out: Annotated[Path | None, typer.Option(help="where to write; default NAME.yaml here")] = None,
+    name: Annotated[str | None, typer.Option(help="name of the study; default from the file")] = None,
+    as_json: Json = False,
+):
+    """Look at a data file, a model and this machine, and write a study file that runs."""
+    from hpo.draft import draft
+    from hpo.spec import parse
+
+    made = draft(file, model, name=name, folder=out.parent if out else None)
+    path = out or Path(f"{parse(made.text)['name']}.yaml")
+    if path.exists():
+        raise typer.BadParameter(f"{path} exists. Name another file with --out, or remove it.")
+    path.write_text(made.text)
+    if as_json:
+        _print_json({"path": str(path), "notes": made.notes})
+        return
+    for note in made.notes:
+        _say(f"  {note}")
+    _say(f"Wrote {path}. Next: hpo check {path}")
+
+
+@app.command()
+def check(source: Source, sets: Sets = None, as_json: Json = False):
+    """Say what would run: size of the space, trials, predicted memory, what does not fit. Starts and writes nothing."""
+    from hpo import show
+    from hpo.check import inspect
+    from hpo.spec import load
+
+    findings = inspect(load(source, sets or ()).spec)
+    if as_json:
+        _print_json(show.check_record(findings))
+    else:
+        _console().print(show.check_text(findings))
+
+
+@app.command()
+def run(source: Source, sets: Sets = None, as_json: Json = False):
+    """Run a study to the end of its budget, or continue it; ends with the front, the winner and the report."""
+    from hpo import show
+    from hpo.study import run as run_study
+
+    with show.progress() as on_status:
+        study = run_study(source, sets or (), on_status=on_status)
+    if as_json:
+        _print_json(show.study_record(study))
+    else:
+        _console().print(show.study_text(study))
+        _console().print(show.next_text(study))
+    if study.winner() is None:
+        raise typer.Exit(4)
+
+
+@app.command(name="list")
+def list_studies(storage: Storage = None, as_json: Json = False):
+    """List the studies on the record."""
+    from hpo import show
+    from hpo.study import open_the_store
+
+    store = open_the_store(storage)
+    rows = [(record, counts, store.held(record.id)) for record, counts in store.studies()]
+    if as_json:
+        _print_json(
+            {"studies": [{"name": r.name, "created": r.created, "running": held, "trials": counts} for r, counts, held in rows]}
+        )
+    else:
+        _console().print(show.list_text(rows))
+
+
+@app.command()
+def show(name: Name, storage: Storage = None, as_json: Json = False):
+    """Show a study: its trials by state, the front, the winner."""
+    from hpo import show as shown
+    from hpo.study import open_study
+
+    study = open_study(name, storage=storage)
+    if as_json:
+        _print_json(shown.study_record(study))
+    else:
+        _console().print(shown.study_text(study))
+
+
+@app.command()
+def report(
+    name: Name,
+    out: Annotated[Path | None, typer.Option(help="HTML file; default in the study's folder")] = None,
+    storage: Storage = None,
+):
+    """Write the report of a study as one HTML file and print its path."""
+    from hpo.study import open_study
+
+    print(open_study(name, storage=storage).report(out))
+
+
+@app.command()
+def export(
+    name: Name,
+    out: Annotated[Path, typer.Option(help="file to write: .csv, .json or .parquet")],
+    storage: Storage = None,
+):
+    """Write the trials of a study as a table."""
+    from hpo.study import open_study
+
+    table = open_study(name, storage=storage).trials()
+    writers = {".csv": lambda: table.to_csv(out, index=False), ".json": lambda: table.to_json(out, orient="records", indent=1),
+               ".parquet": lambda: table.to_parquet(out, index=False)}  # fmt: skip
+    if out.suffix not in writers:
+        raise typer.BadParameter(f"--out must end in {', '.join(writers)}, got {out.name}")
+    writers[out.suffix]()
+    _say(f"Wrote {len(table)} trials to {out}")
+
+
+@app.command()
+def schema(
+    what: Annotated[str, typer.Argument(help="study, recipe, data, spaces or studies")] = "study",
+    as_json: Json = False,
+):
+    """Show the fields of a study file or a recipe, or what is bundled; with --json as JSON Schema."""
+    from hpo import show
+    from hpo.spec import Spec, bundled
+    from training.recipe import DataConfig, Recipe
+
+    models = {"study": Spec, "recipe": Recipe, "data": DataConfig}
+    if what in ("spaces", "studies"):
+        found = {name: path.read_text() for name, path in bundled(what).items()}
+        if as_json:
+            _print_json(found)
+        else:
+            print("\n\n".join(f"# {name}\n{text.strip()}" for name, text in found.items()))
+    elif what in models:
+        if as_json:
+            _print_json(models[what].model_json_schema())
+        else:
+            _console().print(show.schema_text(models[what]))
+    else:
+        raise typer.BadParameter(f"must be study, recipe, data, spaces or studies, got {what}")
+
+
+@app.command()
+def doctor(as_json: Json = False):
+    """Say what this machine has and what will not work on it."""
+    from hpo import show
+    from hpo.doctor import examine
+
+    findings = examine()
+    if as_json:
+        _print_json({f.name: {"ok": f.ok, "found": f.found, "remedy": f.remedy} for f in findings})
+    else:
+        _console().print(show.doctor_text(findings))
+    if not all(f.ok for f in findings if f.needed):
+        raise typer.Exit(1)
+
+
+def _console():
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    # A narrow or absent terminal must not cut the front's numbers off: it wraps the lines itself.
+    console.width = max(console.width, 120)
+    return console
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, default=str))
+
+
+def main() -> None:
+    """Runs the command line; turns what was raised on purpose into a message and an exit code."""
+    warnings.simplefilter("ignore")  # libraries' advice to developers; a study's own warnings are in its report
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    wants_json = "--json" in sys.argv
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except (InputError, HpoError, typer.TyperException) as error:
+        code = _explain(error, wants_json)
+    except KeyboardInterrupt:
+        _say("Interrupted. The same command continues.")
+        code = 130
+    else:
+        code = 0
+    sys.exit(code)
+
+
+def _explain(error: Exception, as_json: bool) -> int:
+    """Prints an error for a person, or as JSON; returns the exit code."""
+    if isinstance(error, InputError):
+        problems = [{"where": p.where, "rule": p.rule, "remedy": p.remedy} for p in error.problems]
+        if as_json:
+            _print_json({"error": {"code": "input", "problems": problems}})
+        else:
+            number = len(problems)
+            _say(f"{number} {'problem' if number == 1 else 'problems'}, nothing was started:")
+            for problem in error.problems:
+                _say(f"  {problem}")
+        return 2
+    usage = isinstance(error, typer.TyperException)
+    message = error.format_message() if usage else str(error)
+    if as_json:
+        _print_json({"error": {"code": "usage" if usage else type(error).__name__, "message": message}})
+    else:
+        _say(message)
+    return 3 if isinstance(error, StudyBusy) else 2 if usage or isinstance(error, NotFound) else 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""How things look on a terminal and as JSON. Decides nothing.
+
+Owns: texts for `hpo check | run | list | show | schema | doctor`, the progress display. Must not know: how results are made.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hpo.check import Findings
+    from hpo.study import Status, Study
+    from hpo.trial import Trial
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """Returns a value for people: bytes in MB or GB (powers of ten), seconds, shares to three digits."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool) or isinstance(value, str):
+        return str(value)
+    if unit == "bytes":
+        return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
+    if unit == "s":
+        return f"{value:.1f} s" if value < 600 else f"{value / 60:.1f} min"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if 1e-3 <= abs(value) < 1e5 or value == 0 else f"{value:.2e}"
+
+
+# check
+
+
+def check_text(findings: Findings):
+    """Returns what would run, as a renderable."""
+    from rich.console import Group
+    from rich.table import Table
+
+    spec = findings.spec
+    table = Table(show_header=False, box=None, pad_edge=False)
+    size = spec.space.size
+    rows = [
+        ("study", f"{spec.name}" + (f": {spec.description}" if spec.description else "")),
+        ("space", f"{len(spec.space)} dimensions, {'infinitely many' if math.isinf(size) else f'{size:,.0f}'} points"),
+        (
+            "search",
+            f"{spec.algorithm.name} towards {', '.join(spec.objectives)}; {spec.budget.trials} trials, the defaults first",
+        ),
+        (
+            "each trial",
+            f"{spec.resources.workers} worker(s) with {spec.resources.cpus:g} CPU, {spec.resources.gpus:g} GPU; mode {spec.resources.mode}",
+        ),
+        ("storage", str(spec.folder)),
+    ]
+    if findings.shape and findings.rows:
+        memory, held = findings.memory, findings.rows
+        rows += [
+            ("model", f"{spec.recipe.model}: {findings.shape.parameters:,} parameters, {findings.shape.layers} layers"),
+            ("rows", f"{len(held.train):,} training, {len(held.validation):,} validation, {len(held.test):,} test; longest {findings.tokens_per_row} tokens"),
+            ("memory", f"defaults about {number(memory.total, 'bytes')} (weights {number(memory.weights, 'bytes')}, adapters "
+                       f"{number(memory.adapters, 'bytes')}, activations {number(memory.activations, 'bytes')}, logits {number(memory.logits, 'bytes')})"),
+            ("over the space", f"{number(findings.smallest, 'bytes')} to {number(findings.largest, 'bytes')} predicted"),
+        ]  # fmt: skip
+        limit = spec.limits.peak_bytes
+        if limit is not None:
+            rows.append(("does not fit", f"{findings.refused:.0%} of the space is over {number(limit, 'bytes')} even one sequence at a time"
+                         + (f"; for example {findings.example}" if findings.example else "")))  # fmt: skip
+    for name, said in [*rows, *(("note", note) for note in findings.notes)]:
+        table.add_row(f"[bold]{name}[/bold]", said)
+    return Group(table, "Nothing was started. To run it: [bold]hpo run[/bold]")
+
+
+def check_record(findings: Findings) -> dict[str, Any]:
+    """Returns the same as plain values."""
+    size, memory = findings.spec.space.size, findings.memory
+    return {
+        "study": findings.spec.name, "points": None if math.isinf(size) else size, "trials": findings.spec.budget.trials,
+        "rows": {s: len(getattr(findings.rows, s)) for s in ("train", "validation", "test")} if findings.rows else None,
+        "parameters": findings.shape.parameters if findings.shape else None, "tokens_per_row": findings.tokens_per_row,
+        "predicted_peak_bytes": {"defaults": memory.total, "smallest": findings.smallest, "largest": findings.largest} if memory else None,
+        "refused_share": findings.refused, "notes": list(findings.notes),
+    }  # fmt: skip
+
+
+# a study
+
+
+def study_text(study: Study):
+    """Returns states, front and winner of a study, as a renderable."""
+    from rich.console import Group
+
+    trials, spec = study.history(), study.spec
+    states: dict[str, int] = {}
+    for trial in trials:
+        states[trial.state] = states.get(trial.state, 0) + 1
+    counted = ", ".join(f"{count} {state}" for state, count in states.items()) or "no trials yet"
+    parts: list[Any] = [f"[bold]{spec.name}[/bold]: {counted}" + (" (running now)" if study.running() else "")]
+    members = study.front()
+    if members:
+        parts.append(front_table(study, members))
+    parts += [
+        f"trial {t.number} {t.state}: {t.error}" for t in trials if t.state in ("failed", "diverged", "infeasible") and t.error
+    ][:5]
+    parts += [line for line in _winner_lines(study) if line]
+    return Group(*parts)
+
+
+def front_table(study: Study, members: list[Trial]):
+    """Returns the front as a table: recipes and objectives, the winner marked."""
+    from rich import box
+    from rich.table import Table
+
+    spec, certificate = study.spec, study.certificate
+    table = Table(title=f"Front: {len(members)} trials that no other beats in everything", box=box.SIMPLE, title_justify="left")
+    for name in ("trial", *spec.space, *spec.objectives):
+        table.add_column(name, justify="right", no_wrap=True)
+    for trial in members:
+        mark = "*" if certificate and certificate.winner == trial.number else ""
+        values = [number(getattr(trial.recipe, name)) for name in spec.space]
+        table.add_row(f"{mark}{trial.number}", *values, *(number(o.of(trial.outcome), o.unit) for o in spec.targets))
+    return table
+
+
+def _winner_lines(study: Study) -> list[str]:
+    certificate, spec = study.certificate, study.spec
+    if certificate is None:
+        return []
+    lines = [f"[bold]Winner[/bold] (*): {certificate.reason}."]
+    if certificate.scores:
+        said = [f"{s.who} {s.accuracy.value:.3f} [{s.accuracy.low:.3f}, {s.accuracy.high:.3f}]" for s in certificate.scores]
+        lines.append(f"On {certificate.scores[-1].rows} rows that no trial saw, accuracy: {', '.join(said)}.".replace("[", "\\["))
+    if (gain := certificate.gain) is not None:
+        if certificate.winner == 0:
+            lines.append("The defaults themselves are the winner.")
+        elif gain.low <= 0 <= gain.high:
+            lines.append(
+                f"Against the defaults that is a tie: {gain.value:+.3f}, 95 % interval {gain.low:+.3f} to {gain.high:+.3f}."
+            )
+        else:
+            lines.append(f"Against the defaults: {gain.value:+.3f}, 95 % interval {gain.low:+.3f} to {gain.high:+.3f}.")
+    if certificate.measured and "seconds" in spec.objectives:
+        lines.append("Seconds of the front's members were measured alone, after the search.")
+    return lines
+
+
+def next_text(study: Study) -> str:
+    """Returns where the report is and what to do next."""
+    more = study.spec.budget.trials * 2
+    source = study.name
+    return (
+        f"Report: {study.spec.folder / 'report.html'}\n"
+        f"Next: [bold]hpo show {source} --storage {study.spec.storage}[/bold]; for a longer search of the same study, run the same command "
+        f"with [bold]--set budget.trials={more}[/bold]"
+    )
+
+
+def study_record(study: Study) -> dict[str, Any]:
+    """Returns the same as plain values."""
+    spec, certificate, winner = study.spec, study.certificate, study.winner()
+
+    def row(trial: Trial) -> dict[str, Any]:
+        return {
+            "number": trial.number, "state": trial.state, "params": trial.params, "recipe": {n: getattr(trial.recipe, n) for n in spec.space},
+            "objectives": {o.name: o.of(trial.outcome) if trial.outcome else None for o in spec.targets}, "error": trial.error,
+        }  # fmt: skip
+
+    return {
+        "study": spec.name, "running": study.running(), "trials": [row(t) for t in study.history()], "front": [t.number for t in study.front()],
+        "winner": winner.number if winner else None, "certificate": certificate.model_dump(exclude={"rows"}) if certificate else None,
+        "report": str(spec.folder / "report.html"),
+    }  # fmt: skip
+
+
+def list_text(rows: list):
+    """Returns the studies as a table."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE)
+    for name in ("study", "begun", "trials", "state"):
+        table.add_column(name)
+    for record, counts, held in rows:
+        counted = ", ".join(f"{n} {state}" for state, n in counts.items())
+        state = "running" if held else "done" if record.certificate else "can be continued"
+        table.add_row(record.name, time.strftime("%Y-%m-%d %H:%M", time.localtime(record.created)), counted, state)
+    return table if rows else "No studies yet."
+
+
+# schema and doctor
+
+
+def schema_text(model):
+    """Returns the fields of a model with default and meaning, as a table."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE)
+    for name in ("field", "type", "default", "meaning"):
+        table.add_column(name)
+    schema = model.model_json_schema()
+    for name, field in model.model_fields.items():
+        about = schema["properties"].get(name, {})
+        default = "required" if field.is_required() else "" if field.default_factory else str(about.get("default", ""))
+        table.add_row(name, _type(about), default if len(default) < 40 else "", field.description or "")
+    return table
+
+
+def _type(about: dict) -> str:
+    if "enum" in about:
+        return " | ".join(str(value) for value in about["enum"])
+    if "anyOf" in about:
+        return " | ".join(_type(part) for part in about["anyOf"] if part.get("type") != "null")
+    return str(about.get("const", about.get("$ref", about.get("type", ""))).rsplit("/", 1)[-1])
+
+
+def doctor_text(findings: list):
+    """Returns the findings as a table."""
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for finding in findings:
+        mark = "[green]ok[/green]" if finding.ok else "[red]no[/red]" if finding.needed else "[yellow]--[/yellow]"
+        table.add_row(mark, finding.name, finding.found, "" if finding.ok else finding.remedy)
+    return table
+
+
+# progress
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[Status], None]]:
+    """Yields a function that shows a run's status: a bar on a terminal, else a line when something changes."""
+    if sys.stderr.isatty():
+        with _bar() as on_status:
+            yield on_status
+    else:
+        yield _lines()
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[Status], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[said]}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("checking", total=None, said="")
+
+        def show(status: Status) -> None:
+            done = status.finished + sum(status.running.values()) if status.phase == "training" else None
+            bar.update(
+                task,
+                description=status.phase,
+                total=status.trials if done is not None else None,
+                completed=done or 0,
+                said=_said(status),
+            )
+
+        yield show
+
+
+def _lines() -> Callable[[Status], None]:
+    last: list[tuple] = [()]
+
+    def show(status: Status) -> None:
+        key = (status.phase, status.finished, tuple(sorted(status.running)) if status.phase == "training" else ())
+        if key != last[0]:
+            last[0] = key
+            print(f"{status.seconds:6.0f} s  {status.phase}  {_said(status)}".rstrip(), file=sys.stderr, flush=True)
+
+    return show
+
+
+def _said(status: Status) -> str:
+    if status.phase != "training":
+        return ""
+    parts = [f"{status.finished}/{status.trials} trials"]
+    if status.running:
+        parts.append("running " + ", ".join(str(number) for number in sorted(status.running)))
+    bad = [f"{count} {state}" for state, count in status.states.items() if state in ("failed", "diverged", "infeasible")]
+    parts += bad
+    if status.best is not None:
+        parts.append(f"front {status.front}, best {status.best:.3f}")
+    if status.left is not None:
+        parts.append(f"about {_minutes(status.left)} left")
+    return ", ".join(parts)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

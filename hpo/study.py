@@ -1,0 +1,404 @@
+"""One study, from outside: the facade that every door calls.
+
+Owns: `run`, `open_study`, `Study`. Must not know: how a command line or a notebook shows things.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpo import certify, check, local
+from hpo import spec as specs
+from hpo.certificate import Certificate
+from hpo.errors import InputError, NotFound, Problem, SpecError, StoreError, StudyChanged
+from hpo.pareto import front
+from hpo.search import Search
+from hpo.spec import Loaded, Spec
+from hpo.store import Record, Store, open_store
+from hpo.trial import Trial
+from training import data as training_data
+from training.recipe import DataConfig, Train
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass
+class Status:
+    """Where a run is, for whoever shows it. `seconds` since the run began; `left` is an estimate, None while unknown."""
+
+    phase: str = "checking"
+    trials: int = 0
+    finished: int = 0
+    running: dict[int, float] = field(default_factory=dict)
+    states: dict[str, int] = field(default_factory=dict)
+    front: int = 0
+    best: float | None = None
+    seconds: float = 0.0
+    left: float | None = None
+
+
+OnStatus = Callable[[Status], None]
+
+
+class Study:
+    """A study in a store. Reading it starts nothing; it may be running elsewhere meanwhile."""
+
+    def __init__(self, store: Store, name: str):
+        self.store, self.name = store, name
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._search: Search | None = None
+
+    def __repr__(self) -> str:
+        return f"<Study {self.name} at {self.store.url}>"
+
+    @property
+    def record(self) -> Record:
+        """The study as it is kept, read now."""
+        return self.store.study(self.name)
+
+    @property
+    def spec(self) -> Spec:
+        return self.record.spec
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """What may be claimed about the winner; None until a run has ended."""
+        return self.record.certificate
+
+    def history(self, *, curves: bool = False) -> list[Trial]:
+        """Returns all trials by number; front members that were timed alone have those seconds."""
+        record = self.record
+        trials = self.store.trials(record.id, curves=curves)
+        return certify.with_measured(trials, record.certificate.measured if record.certificate else {})
+
+    def front(self) -> list[Trial]:
+        """Returns the non-dominated trials, best score first; only trials trained to their end are on it."""
+        return front(self.history(), self.spec.targets)
+
+    def winner(self) -> Trial | None:
+        """Returns the chosen trial: the certified one, else by the same rule from the front so far."""
+        certificate = self.certificate
+        if certificate is not None:
+            return next(t for t in self.history() if t.number == certificate.winner)
+        chosen = certify.choose(self.history(), self.spec.targets)
+        return chosen[0] if chosen else None
+
+    def trials(self) -> pandas.DataFrame:
+        """Returns a table of all trials: number, state, origin, the varied fields, the objectives, seconds in all, error."""
+        import pandas
+
+        spec = self.spec
+        rows = []
+        for trial in self.history():
+            row: dict[str, Any] = {"number": trial.number, "state": trial.state, "origin": trial.origin}
+            row |= {name: getattr(trial.recipe, name) for name in spec.space}
+            row |= {o.name: o.of(trial.outcome) if trial.outcome else None for o in spec.targets}
+            row |= {"share": trial.outcome.share if trial.outcome else None, "attempts": trial.attempts, "error": trial.error}
+            rows.append(row)
+        return pandas.DataFrame(rows)
+
+    def view(self):
+        """Returns all that a report shows."""
+        from hpo.report import View
+
+        spec, trials = self.spec, self.history(curves=True)
+        settings = {
+            "algorithm": " ".join([spec.algorithm.name, *(f"{k}={v}" for k, v in spec.algorithm.options.items())]),
+            "model": spec.recipe.model, "data": spec.data.train, "task": spec.data.task, "seed": str(spec.seed),
+            "budget": ", ".join(f"{name} {value}" for name, value in spec.budget.model_dump().items() if value is not None),
+            "limits": ", ".join(f"{k} {v:,}" for k, v in spec.limits.model_dump().items() if v is not None) or "none",
+            "resources": ", ".join(f"{name} {value}" for name, value in spec.resources.model_dump().items()),
+        }  # fmt: skip
+        return View(
+            name=spec.name, description=spec.description, objectives=spec.targets, space=spec.space, trials=trials,
+            front=front(trials, spec.targets), certificate=self.certificate, settings=settings,
+        )  # fmt: skip
+
+    def plot(self, kind: str = "front"):
+        """Returns a plotly figure: front, trials, parallel, importance or curves."""
+        from hpo.report import figures
+
+        found = figures(self.view())
+        if kind not in found:
+            raise NotFound(f"No figure {kind!r} for this study. There are: {', '.join(found)}.")
+        return found[kind]
+
+    def report(self, path: str | Path | None = None) -> Path:
+        """Writes the report as one HTML file and returns its path; by default into the study's folder."""
+        from hpo import report
+
+        path = Path(path) if path else self.spec.folder / "report.html"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        report.write(self.view(), path)
+        return path
+
+    # A run in the background (hpo.start)
+
+    def running(self) -> bool:
+        """Says whether a live process runs the study."""
+        return (self._thread is not None and self._thread.is_alive()) or self.store.held(self.record.id)
+
+    def stop(self) -> None:
+        """Asks a run that this process started to end; it can be continued later. Returns at once."""
+        if self._search is not None:
+            self._search.stop("stopped by the user", resume=True)
+
+    def wait(self, timeout: float | None = None) -> Study:
+        """Waits for a run that this process started; raises what ended it, if that was an error. Returns itself."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+        if self._error is not None:
+            raise self._error
+        return self
+
+
+def open_study(name: str, *, storage: str | None = None, database: str | None = None) -> Study:
+    """Returns a study by name from the record in a storage folder; nothing is written.
+
+    Raises:
+        NotFound: no such study.
+        StoreError: no record there.
+    """
+    study = Study(open_the_store(storage, database), name)
+    _ = study.record
+    return study
+
+
+def open_the_store(storage: str | None = None, database: str | None = None) -> Store:
+    """Returns the record in a storage folder (default: HPO_STORAGE, else ~/paretune), which must be there."""
+    folder = Path(os.path.expandvars(storage or os.environ.get("HPO_STORAGE", "~/paretune"))).expanduser()
+    return open_store(str(folder), database, create=False)
+
+
+def run(source: Any, sets: Sequence[str] = (), *, train: Train | None = None, on_status: OnStatus = lambda status: None) -> Study:
+    """Runs a study to the end of its budget, or continues it, and returns it.
+
+    Args:
+        source: a bundled study's name, a path, a dict, or what `specs.load` returned.
+        sets: overrides as path=value.
+        train: a user's own train function with the signature of `training.loop.train`.
+        on_status: is told of progress.
+
+    Raises:
+        SpecError: the study cannot run; nothing was started or written.
+        StudyChanged, StudyBusy, StoreError, BackendError: as their names say.
+    """
+    return _run(_loaded(source, sets), train, on_status, lambda study: None)
+
+
+def start(
+    source: Any, sets: Sequence[str] = (), *, train: Train | None = None, on_status: OnStatus = lambda status: None
+) -> Study:
+    """Starts a study in a thread of this process and returns it once it is on the record; see `Study.wait` and `stop`.
+
+    Raises:
+        As `run`, for what is found before the first trial.
+    """
+    loaded, ready, box = _loaded(source, sets), threading.Event(), {}
+
+    def work():
+        def began(study: Study) -> None:
+            box["study"] = study
+            ready.set()
+
+        try:
+            _run(loaded, train, on_status, began)
+        except BaseException as error:
+            box["error"] = error
+            if "study" in box:
+                box["study"]._error = error
+        finally:
+            ready.set()
+
+    thread = threading.Thread(target=work, name=f"hpo-{loaded.spec.name}", daemon=True)
+    thread.start()
+    ready.wait()
+    if "study" not in box:
+        raise box["error"]
+    box["study"]._thread = thread
+    return box["study"]
+
+
+def _loaded(source: Any, sets: Sequence[str]) -> Loaded:
+    return source if isinstance(source, Loaded) else specs.load(source, sets)
+
+
+def _run(loaded: Loaded, train: Train | None, on_status: OnStatus, began: Callable[[Study], None]) -> Study:
+    status = Status(trials=loaded.spec.budget.trials)
+    since = time.monotonic()
+
+    def tell(**changes: Any) -> None:
+        for name, value in (changes | {"seconds": time.monotonic() - since}).items():
+            setattr(status, name, value)
+        on_status(status)
+
+    tell(phase="checking")
+    findings = check.inspect(loaded.spec, trained_elsewhere=train is not None)
+    with _backend(loaded.spec, train, tell) as backend:
+        store = open_store(loaded.spec.storage, loaded.spec.database)
+        record, data = _enter(store, loaded, findings)
+        study = Study(store, record.name)
+        with store.hold(record.id) as holder, _terminated_as_interrupted():
+            search = Search(store, record, holder, shape=findings.shape, tokens_per_row=findings.tokens_per_row)
+            study._search = search
+            began(study)
+            tell(phase="training", trials=record.spec.budget.trials)
+            try:
+                backend.search(search, data, lambda search: tell(**_progress(search, since)))
+            finally:
+                search.close()
+            if search.stopping is None or not search._resume:
+                _finish(study, data, backend, tell)
+    tell(phase="done")
+    if search.stopping and search._resume:
+        raise KeyboardInterrupt(search.stopping)
+    return study
+
+
+def _enter(store: Store, loaded: Loaded, findings: check.Findings) -> tuple[Record, DataConfig]:
+    """Adds the study to the record, or finds it there unchanged; returns it with its own copy of the rows."""
+    spec, digest = loaded.spec, findings.rows.digest if findings.rows else ""
+    try:
+        old = store.study(spec.name)
+    except NotFound:
+        old = None
+    if old is not None:
+        found = specs.changes(_without_paths(old.written), _without_paths(loaded.written))
+        if old.digest != digest:
+            found.append(Problem("data", f"the rows have changed (SHA-256 {old.digest[:12]} is now {digest[:12]}).", ""))
+        if found:
+            hint = Problem(
+                spec.name,
+                "is an existing study, and this may not change on the way.",
+                "Give it another name, or undo the change.",
+            )
+            raise StudyChanged(*found, hint)
+        fixed = {name: getattr(old.spec, name) for name in specs.FIXED if name != "data"}
+        fixed["recipe"] = old.spec.recipe.model_copy(update={"model": spec.recipe.model})
+        spec = spec.model_copy(update=fixed)
+    data = _snapshot(spec, digest) if digest else spec.data
+    return store.add_study(spec, loaded.written, digest), data
+
+
+def _without_paths(written: Mapping[str, Any]) -> dict[str, Any]:
+    # A submitted job finds its files in another folder each time; the rows themselves are compared by their digest.
+    data = {name: value for name, value in written.get("data", {}).items() if name not in ("train", "validation", "test")}
+    return {**written, "data": data}
+
+
+def _snapshot(spec: Spec, digest: str) -> DataConfig:
+    """Copies the data files into the study's folder, where every node sees them and nobody edits them."""
+    folder = spec.folder / "data" / digest[:16]
+    update = {}
+    for name in ("train", "validation", "test"):
+        if (given := getattr(spec.data, name)) is not None:
+            source = training_data.locate(given)
+            target = folder / f"{name}{source.suffix}"
+            if not target.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                aside = target.with_name(f".{target.name}.{os.getpid()}")
+                shutil.copyfile(source, aside)
+                aside.rename(target)
+            update[name] = str(target)
+    return spec.data.model_copy(update=update)
+
+
+@dataclass
+class _Backend:
+    search: Callable[[Search, DataConfig, Callable[[Search], None]], None]
+    call: Callable[[str, dict[str, Any]], Any]
+
+
+@contextlib.contextmanager
+def _backend(spec: Spec, train: Train | None, tell: Callable) -> Iterator[_Backend]:
+    """Yields where trials run. With Ray the cluster is joined, and found large enough, before anything is written."""
+    if spec.resources.mode == "local" or spec.train == "simulated":
+        from training import simulate
+
+        function = train or (simulate.train if spec.train == "simulated" else _loop())
+        yield _Backend(
+            lambda search, data, on_change: local.run_search(search, function, data, on_change=on_change),
+            lambda name, payload: local.call(name, payload, spec.resources),
+        )
+        return
+    tell(phase="starting Ray")
+    from hpo import tune
+
+    with tune.connect():
+        parallel = tune.concurrency(spec.resources, tune.capacity(), spec.budget.parallel)
+        folder = str(spec.folder / "ray")
+        yield _Backend(
+            lambda search, data, on_change: tune.run_search(search, data, parallel=parallel, train=train, on_change=on_change),
+            lambda name, payload: tune.call(name, payload, spec.resources, storage=folder),
+        )
+
+
+def _loop() -> Train:
+    import torch
+
+    from training.loop import train
+
+    torch.set_num_threads(1)
+    return train
+
+
+def _progress(search: Search, since: float) -> dict[str, Any]:
+    trials, spec = search.trials, search.spec
+    done = [t for t in trials if t.attempts and t.final and (t.started or 0) > time.time() - (time.monotonic() - since)]
+    remaining = spec.budget.trials - search.finished
+    elapsed = time.monotonic() - since
+    members = front(trials, spec.targets)
+    states: dict[str, int] = {}
+    for trial in trials:
+        states[trial.state] = states.get(trial.state, 0) + 1
+    return {
+        "phase": "training", "finished": search.finished, "states": states, "running": dict(search.shares), "front": len(members),
+        "best": spec.targets[0].of(members[0].outcome) if members else None,
+        "left": elapsed / len(done) * remaining if done else None,
+    }  # fmt: skip
+
+
+def _finish(study: Study, data: DataConfig, backend: _Backend, tell: Callable) -> None:
+    """Certifies the winner and writes the report, unless nothing has changed since the last time."""
+    record = study.record
+    trials = study.store.trials(record.id)
+    known = record.certificate.measured if record.certificate else {}
+    last = max((t.finished or 0 for t in trials), default=0)
+    if record.certificate is None or record.certificate.made < last:
+        made = certify.certify(
+            record.spec, trials, data, backend.call, known=known, on_phase=lambda phase: tell(phase=phase, running={}, left=None)
+        )
+        study.store.set_certificate(record.id, made)
+    tell(phase="writing the report", running={}, left=None)
+    study.report()
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does, so that running trials can end by themselves."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+__all__ = ["InputError", "SpecError", "Status", "StoreError", "Study", "open_study", "open_the_store", "run", "start"]

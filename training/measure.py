@@ -1,0 +1,144 @@
+"""What is measured on its own, outside any trial: recipes timed alone, models compared on untouched rows.
+
+Owns: `time_alone`, `compare`. Called on a worker by dotted name; takes and returns JSON. Must not know: studies.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from typing import Any
+
+import torch
+
+from training import checkpoint, evaluate
+from training.data import Tokenized, prepare, read, sample
+from training.loop import plan, rate, set_up, supervised
+from training.meter import gemm_seconds
+from training.model import describe, device_of, load_model, load_tokenizer
+from training.recipe import Job, Recipe
+from training.world import World, versions
+
+REPEATS = 3
+STEPS = 10  # timed per repeat, spread over the whole plan
+
+
+def time_alone(jobs: list[dict], *, repeats: int = REPEATS, steps: int = STEPS) -> list[dict[str, Any]]:
+    """Returns for each job what its whole training takes when nothing else runs on this worker.
+
+    The same steps, spread evenly over the job's own plan, are timed `repeats` times after one that warms up, and scaled to
+    the number of steps of the plan.
+
+    Returns:
+        `seconds` (median), `low`, `high` (extremes), `repeats`, and `peak_bytes` where a GPU measured it.
+    """
+    return [_time_one(Job.model_validate(raw), repeats, steps) for raw in jobs]
+
+
+def _time_one(job: Job, repeats: int, steps: int) -> dict[str, Any]:
+    world, device = World(), device_of(job.resources)
+    shape = describe(job.recipe.model, job.recipe.revision)
+    rows = prepare(read(job.data), job.data, load_tokenizer(job.recipe), job.recipe.max_length, cache=job.cache).train
+    planned = plan(job.recipe, rows, workers=1)
+    run = set_up(job, shape, planned, world, device)
+    chosen = [int((i + 0.5) * planned.steps / min(steps, planned.steps)) for i in range(min(steps, planned.steps))]
+
+    def one(step: int) -> None:
+        run.step(rows, planned.micro_batches(step, 0, 1), supervised(rows, planned, step), rate(job.recipe, step, planned.steps))
+
+    one(chosen[0])
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    totals = []
+    for _ in range(repeats):
+        before = time.perf_counter()
+        for step in chosen:
+            one(step)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        totals.append((time.perf_counter() - before) / len(chosen) * planned.steps)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+    del run
+    gc.collect()
+    ordered = sorted(totals)
+    return {"seconds": ordered[len(ordered) // 2], "low": ordered[0], "high": ordered[-1], "repeats": repeats, "peak_bytes": peak}
+
+
+def compare(models: list[dict], job: dict, *, shown: int = 20) -> dict[str, Any]:
+    """Returns how each model does on the test rows, and their answers side by side on some of them.
+
+    Args:
+        models: each `who`, `recipe` and `checkpoint` (None for the untuned base); the last one is the winner, the one before
+            it what it is compared with.
+        job: gives data, evaluation and resources.
+        shown: rows to show, those first where the winner is wrong and the other right, then the other way round.
+
+    Returns:
+        `models`: for each `who`, `right`, `nll`, `tokens` per row; `rows`: for each shown row `prompt`, `expected`, and the
+        answer by `who`; `machine`: versions, device and how fast it is now.
+    """
+    given = Job.model_validate(job)
+    device = device_of(given.resources)
+    read_rows = read(given.data)
+    scored, chosen = [], []
+    for entry in models:
+        with_model = _Loaded(entry, device)
+        prepared = prepare(read_rows, given.data, with_model.tokenizer, with_model.recipe.max_length, cache=given.cache)
+        held_out = sample(prepared.test, given.evaluation.test_rows, seed=0)
+        with with_model.autocast():
+            scored.append({"who": entry["who"], **evaluate.score_rows(with_model.model, held_out, prepared, given)})
+        del with_model
+        gc.collect()
+    order = (
+        _telling(scored[-1]["right"], scored[-2]["right"])[:shown] if len(scored) > 1 else list(range(min(shown, len(held_out))))
+    )
+    answers: dict[str, list[str]] = {}
+    for entry in models:
+        with_model = _Loaded(entry, device)
+        prepared = prepare(read_rows, given.data, with_model.tokenizer, with_model.recipe.max_length, cache=given.cache)
+        held_out = sample(prepared.test, given.evaluation.test_rows, seed=0)
+        chosen = Tokenized([held_out.ids[i] for i in order], [held_out.prompt_lengths[i] for i in order])
+        with with_model.autocast():
+            answers[entry["who"]] = evaluate.greedy_answers(with_model.model, chosen, with_model.tokenizer)
+        tokenizer = with_model.tokenizer
+        del with_model
+        gc.collect()
+    rows = [
+        {
+            "prompt": tokenizer.decode(ids[:length], skip_special_tokens=True),
+            "expected": tokenizer.decode(ids[length:], skip_special_tokens=True).strip(),
+            **{who: texts[i] for who, texts in answers.items()},
+        }
+        for i, (ids, length) in enumerate(zip(chosen.ids, chosen.prompt_lengths, strict=True))
+    ]
+    machine = {"gemm_seconds": gemm_seconds(), "threads": torch.get_num_threads(), **versions()}
+    return {"models": scored, "rows": rows, "machine": machine}
+
+
+class _Loaded:
+    """One model to be scored: base, adapter where it has one, tokenizer."""
+
+    def __init__(self, entry: dict, device: str):
+        self.recipe = Recipe.model_validate(entry["recipe"])
+        self.device = device
+        self.tokenizer = load_tokenizer(self.recipe)
+        self.model = load_model(self.recipe.model_copy(update={"gradient_checkpointing": False}), device=device)
+        if entry["checkpoint"]:
+            self.model = checkpoint.load_adapter(self.model, entry["checkpoint"])
+        self.model.eval()
+
+    def autocast(self):
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.recipe.precision == "bf16")
+
+
+def _telling(winner: list[float], other: list[float]) -> list[int]:
+    """Returns all row indices: regressions first, then gains, then rows wrong in both, then the rest."""
+    rank = {(0.0, 1.0): 0, (1.0, 0.0): 1, (0.0, 0.0): 2, (1.0, 1.0): 3}
+    groups = sorted(range(len(winner)), key=lambda i: (rank[(winner[i], other[i])], i))
+    kinds = {k: [i for i in groups if rank[(winner[i], other[i])] == k] for k in range(4)}
+    # At most half of what is shown is gains, so that mistakes of both and successes of both are seen too.
+    head = kinds[0] + kinds[1][:8] + kinds[2][:4] + kinds[3][:4]
+    return head + [i for i in groups if i not in set(head)]
+
+
+__all__ = ["compare", "time_alone"]
