@@ -6,8 +6,10 @@ Exit codes: 0 done; 1 something broke; 2 the input is wrong, nothing was started
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -72,7 +74,8 @@ def run(source: Source, sets: Sets = None, as_json: Json = False):
     from hpo import show
     from hpo.study import run as run_study
 
-    with show.progress() as on_status:
+    # Ray prints advice to standard output whatever it is told; it is in Ray's logs too.
+    with show.progress() as on_status, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         study = run_study(source, sets or (), on_status=on_status)
     if as_json:
         _print_json(show.study_record(study))

@@ -110,7 +110,7 @@ class Study:
 
     def view(self):
         """Returns all that a report shows."""
-        from hpo.report import View
+        from hpo.figures import View
 
         spec, trials = self.spec, self.history(curves=True)
         settings = {
@@ -127,7 +127,7 @@ class Study:
 
     def plot(self, kind: str = "front"):
         """Returns a plotly figure: front, trials, parallel, importance or curves."""
-        from hpo.report import figures
+        from hpo.figures import figures
 
         found = figures(self.view())
         if kind not in found:

@@ -37,6 +37,7 @@ def connect(*, dashboard: bool = False) -> Iterator[None]:
     """Joins the cluster at RAY_ADDRESS, or starts one on this machine that ends with the block."""
     environment = {name: os.environ.get(f"PARETUNE_{name}", value) for name, value in ENVIRONMENT.items()}
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output prints a banner even when told to be quiet
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")

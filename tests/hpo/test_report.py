@@ -11,11 +11,13 @@ from random import Random
 
 import pytest
 
+from hpo import figures as drawing
 from hpo import report
 from hpo.certificate import Certificate, Interval, Measured, Scored, SideBySide
+from hpo.figures import View, figures
 from hpo.objectives import named
 from hpo.pareto import eligible, front
-from hpo.report import View, figures, render, write
+from hpo.report import render, write
 from hpo.space import Space
 from hpo.trial import CurvePoint, Trial
 from training.recipe import Outcome, Recipe
@@ -296,9 +298,8 @@ def test_error_bars_are_those_of_rows_and_timings(view, drawn):
     points = trace(figure, "front")
     p = points.y[0] / 100
     assert points.error_y.array[0] == pytest.approx(196 * math.sqrt(p * (1 - p) / 400))
-    alone = trace(figure, "front, timed alone")
-    ends = {round(m.seconds, 6): round(m.high - m.seconds, 6) for m in view.certificate.measured.values()}
-    assert {round(x, 6): round(up, 6) for x, up in zip(alone.x, alone.error_x.array, strict=True)} == ends
+    ends = sorted(m.high - m.seconds for m in view.certificate.measured.values())
+    assert sorted(points.error_x.array) == pytest.approx(ends)
 
 
 def test_trials_figure_has_values_of_complete_trials_only_and_a_monotone_best(view, drawn):
@@ -409,7 +410,7 @@ def test_machine_names_conditions_once_with_their_range_and_leaves_out_single_ro
     + [(None, False, "–"), (True, False, "yes"), (("q", "v"), False, "q, v"), (4, False, "4")],
 )
 def test_settings_are_written_compactly(value, log, text):
-    assert report._plain(value, log) == text
+    assert drawing.plain(value, log) == text
 
 
 @pytest.mark.parametrize(
@@ -426,7 +427,7 @@ def test_settings_are_written_compactly(value, log, text):
 )
 def test_objectives_are_written_in_readable_units(name, outcome, text):
     trial = Trial(number=0, params={}, recipe=Recipe(), state="complete", outcome=Outcome(**outcome))
-    axis = report._axis(named([name])[0], [trial])
+    axis = drawing._axis(named([name])[0], [trial])
     assert axis.measure(trial).replace("\u00a0", " ") == text
 
 

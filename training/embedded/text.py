@@ -396,8 +396,10 @@ def _thing(rng: random.Random) -> str:
 KINDS = {_desk_story: 26, _desk_words: 5, _pace: 7, _letter: 18, _note: 26, _question: 8, _list: 25, _echo: 12, _thing: 4}
 
 
-def documents(rng: random.Random) -> Iterator[str]:
-    """Yields documents without end, the kinds mixed by weight."""
+def documents(rng: random.Random, primer: int) -> Iterator[str]:
+    """Yields documents without end: first `primer` lessons in copying, then all kinds mixed by weight."""
+    for _ in range(primer):
+        yield polish(rng.choice((_list, _list, _list, _echo))(rng))
     kinds, weights = list(KINDS), list(KINDS.values())
     while True:
         yield polish(rng.choices(kinds, weights)[0](rng))

@@ -1,0 +1,24 @@
+# make quickstart   set up .venv and run the main job on the embedded model
+# make test         set up .venv and run all tests
+.PHONY: setup quickstart test lint
+
+PYTHON ?= python3
+STUDY ?= quickstart
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+quickstart: setup
+	.venv/bin/hpo run $(STUDY)
+
+test: setup
+	.venv/bin/ruff check .
+	.venv/bin/python -m pytest
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
