@@ -13,7 +13,8 @@ HpoError
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from training.errors import InputError, Problem
 
@@ -69,7 +70,33 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return hint
 
 
+_RULES = {
+    "dict_type": "must be a mapping", "model_type": "must be a mapping", "model_attributes_type": "must be a mapping",
+    "tuple_type": "must be a list", "list_type": "must be a list", "too_short": "must not be empty",
+    "string_type": "must be text", "string_too_short": "must not be empty",
+    "string_too_long": "must have at most {max_length} characters", "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number", "int_parsing_size": "must be a whole number of at most 18 digits",
+    "int_from_float": "must be a whole number", "float_type": "must be a number", "float_parsing": "must be a number",
+    "finite_number": "must be a finite number", "bool_type": "must be true or false",
+    "greater_than_equal": "must be at least {ge}", "greater_than": "must be above {gt}",
+    "less_than_equal": "must be at most {le}", "less_than": "must be below {lt}",
+}  # fmt: skip
+
+
+def rule_of(error: Mapping[str, Any]) -> str:
+    """Returns the rule that a value breaks, in words of a study file.
+
+    Args:
+        error: one of `pydantic.ValidationError.errors()`.
+    """
+    limits = {n: f"{v:.0f}" if isinstance(v, float) and v.is_integer() else v for n, v in error.get("ctx", {}).items()}
+    if error["type"] in _RULES:
+        return _RULES[error["type"]].format(**limits)
+    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    return message[0].lower() + message[1:]
+
+
 __all__ = [
     "BackendError", "HpoError", "InputError", "NotFound", "Problem", "SpecError", "StoreError", "StudyBusy",
-    "StudyChanged", "nearest",
+    "StudyChanged", "nearest", "rule_of",
 ]  # fmt: skip

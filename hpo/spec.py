@@ -14,19 +14,21 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
 from hpo import algorithms, objectives
-from hpo.errors import NotFound, Problem, SpecError, nearest
+from hpo.errors import NotFound, Problem, SpecError, nearest, rule_of
 from hpo.space import Params, Space, problems
 from training import data as training_data
 from training.recipe import DataConfig, EvaluationConfig, Frozen, Limits, Number, Recipe, Resources, Whole
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-SIZE_LIMIT = 1_048_576  # bytes of a study file
+DATABASE = re.compile(r"[a-z0-9]+(\+[a-z0-9_]+)?://.*")
+SIZE_LIMIT = 262_144  # bytes of a study file; a parser in Python takes seconds for more
 NODE_LIMIT = 20_000  # values in a study file, aliases counted as often as they are used
+DEPTH_LIMIT = 50  # mappings and lists inside one another
 GRID_LIMIT = 100_000
 
 
@@ -67,7 +69,7 @@ class Spec(Frozen):
     algorithm: Algorithm = Algorithm()
     budget: Budget = Budget()
     resources: Resources = Resources()
-    train: str = Field("loop", pattern="^(loop|simulated)$", description="loop trains; simulated computes a closed form")
+    train: Literal["loop", "simulated"] = Field("loop", description="loop trains; simulated computes a closed form")
     seed: Whole = Field(0, ge=0, le=2**31 - 1)
 
     @field_validator("name")
@@ -75,6 +77,8 @@ class Spec(Frozen):
     def _safe_name(cls, value: str) -> str:
         if not NAME.fullmatch(value):
             raise ValueError("must be 1 to 63 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit")
+        if value.startswith("hpo.db"):
+            raise ValueError("must not begin with hpo.db, which is the record's own file in the storage folder")
         return value
 
     @field_validator("storage")
@@ -82,10 +86,19 @@ class Spec(Frozen):
     def _absolute(cls, value: str) -> str:
         if "://" in value:
             raise ValueError("must be a folder; mount the bucket on every node and name the mount")
-        path = Path(os.path.expandvars(value)).expanduser()
-        if not path.is_absolute():
+        path = _expanded(value)
+        if not path.is_absolute() or "\0" in value:
             raise ValueError("must be absolute or begin with ~, because a submitted job runs in a temporary folder")
         return str(path)
+
+    @field_validator("database")
+    @classmethod
+    def _url(cls, value: str | None) -> str | None:
+        if value is not None and not DATABASE.fullmatch(value):
+            raise ValueError("must be a SQLAlchemy URL such as postgresql://user@host/name")
+        if value is not None and value.startswith("sqlite") and not value.partition("://")[2].startswith("//"):
+            raise ValueError("must be an absolute path: four slashes, as in sqlite:////data/hpo.db")
+        return value
 
     @property
     def targets(self) -> tuple[objectives.Objective, ...]:
@@ -163,6 +176,14 @@ def _text(source: str | Path) -> tuple[str, Path, str]:
 
 def parse(text: str, where: str = "study") -> dict[str, Any]:
     """Returns the YAML 1.2 mapping in a text, as plain Python; tags that build objects and duplicate keys are refused."""
+    raw = _yaml(text, where)
+    if not isinstance(raw, dict):
+        shown = "nothing" if raw is None else "a list" if isinstance(raw, list) else "one value"
+        raise SpecError(Problem(where, f"must be a mapping of fields, got {shown}.", "Begin with `name: my-study`."))
+    return raw
+
+
+def _yaml(text: str, where: str) -> Any:
     from ruamel.yaml import YAML, YAMLError
 
     yaml = YAML(typ="safe", pure=True)
@@ -173,21 +194,33 @@ def parse(text: str, where: str = "study") -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         at = f"{where}:{mark.line + 1}" if mark else where
         said = (getattr(error, "problem", None) or str(error).split("\n")[0]).strip()
-        raise SpecError(Problem(at, f"is not valid YAML: {said}.", "")) from None
-    if not isinstance(raw, dict):
-        raise SpecError(Problem(where, f"must be a mapping, got {type(raw).__name__}.", "Begin with `name: my-study`."))
-    if _nodes(raw, NODE_LIMIT) <= 0:
+        if isinstance(error, RecursionError):
+            said = f"nested more than {DEPTH_LIMIT} levels deep"
+        elif said.startswith("Exceeds the limit"):
+            said = "a number has more than 4300 digits"
+        raise SpecError(Problem(at, f"is not valid YAML: {said}.", _yaml_remedy(said))) from None
+    if _nodes(raw, NODE_LIMIT, DEPTH_LIMIT, where) <= 0:
         raise SpecError(Problem(where, f"has more than {NODE_LIMIT} values.", "Use fewer aliases and shorter lists."))
     return _plain(raw)
 
 
-def _nodes(value: Any, left: int) -> int:
+def _yaml_remedy(said: str) -> str:
+    remedies = {"tag": "Write plain values; nothing is built from tags.", "duplicate": "Keep one of the two.",
+                "'\\t'": "Indent with spaces.", "another document": "Write one study per file.",
+                "levels deep": "A study file needs three or four.", "digits": "Write a smaller number."}  # fmt: skip
+    return next((remedy for word, remedy in remedies.items() if word in said), "Look at the line, and the one before it.")
+
+
+def _nodes(value: Any, left: int, depth: int, where: str) -> int:
+    """Returns how many more values there may be; an alias inside what it stands for is endlessly deep."""
+    if depth < 0:
+        raise SpecError(Problem(where, f"is nested more than {DEPTH_LIMIT} levels deep.", _yaml_remedy("levels deep")))
     left -= 1
     children = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     for child in children:
         if left <= 0:
             return left
-        left = _nodes(child, left)
+        left = _nodes(child, left, depth - 1, where)
     return left
 
 
@@ -199,12 +232,20 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
-def _set(raw: dict, item: str) -> None:
-    from ruamel.yaml import YAML
+def _expanded(value: str) -> Path:
+    """Returns a path with variables and ~ replaced; a user that does not exist stays as written."""
+    path = Path(os.path.expandvars(value))
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
 
+
+def _set(raw: dict, item: str) -> None:
     path, equals, text = item.partition("=")
     if not equals or not path:
         raise SpecError(Problem(f"--set {item}", "must be path.in.file=value.", "For example --set budget.trials=30."))
+    value = _yaml(text, f"--set {path}") if text else None
     *parents, last = path.split(".")
     for name in parents:
         child = raw.setdefault(name, {})
@@ -213,7 +254,7 @@ def _set(raw: dict, item: str) -> None:
         if not isinstance(child, dict):
             raise SpecError(Problem(f"--set {item}", f"{name} is no mapping.", "Name a field that exists."))
         raw = child
-    raw[last] = YAML(typ="safe", pure=True).load(text) if text else None
+    raw[last] = value
 
 
 def _space_named(name: str) -> dict:
@@ -261,7 +302,10 @@ def build(raw: dict[str, Any], folder: Path) -> Spec:
     try:
         spec, broken = Spec.model_validate(raw), set()
     except ValidationError as error:
-        found += [_problem(e, raw) for e in error.errors(include_url=False)]
+        said: dict[str, Problem] = {}
+        for problem in map(_problem, error.errors(include_url=False)):
+            said.setdefault(problem.where, problem)  # a value that fits no member of a union is refused by each of them
+        found += said.values()
         broken = {str(e["loc"][0]) for e in error.errors(include_url=False) if e["loc"]}
         spec = _what_is_sound(raw, broken)
     # What is sound is checked too, so that the user sees everything at once.
@@ -286,9 +330,9 @@ def _anchor(raw: dict, folder: Path) -> None:
         for name in ("train", "validation", "test"):
             value = raw["data"].get(name)
             if isinstance(value, str) and value and not value.startswith(training_data.EMBEDDED):
-                raw["data"][name] = str(folder / Path(os.path.expandvars(value)).expanduser())
+                raw["data"][name] = str(folder / _expanded(value))
     if isinstance(raw.get("recipe"), dict) and isinstance(model := raw["recipe"].get("model"), str):
-        expanded = Path(os.path.expandvars(model)).expanduser()
+        expanded = _expanded(model)
         if model and model != "embedded" and (model.startswith((".", "~", "$")) or (folder / expanded).is_dir()):
             raw["recipe"] = raw["recipe"] | {"model": str(folder / expanded)}
 
@@ -297,55 +341,75 @@ _MODELS = {"data": DataConfig, "evaluation": EvaluationConfig, "recipe": Recipe,
            "resources": Resources, "algorithm": Algorithm}  # fmt: skip
 
 
-def _problem(error: Any, raw: dict) -> Problem:
+# The members of the unions that a study file has, as pydantic names them in the place of an error.
+_MEMBERS = {"bool", "int", "float", "str", "choice", "tuple[str, ...]"}
+_DIMENSION = ["type", "low", "high", "log", "step", "values", "times", "when"]
+
+
+def _problem(error: Any) -> Problem:
     """Returns a pydantic error in our words: path, rule with the value, remedy."""
-    path = [
-        part
-        for i, part in enumerate(error["loc"])
-        if not (error["loc"][0] == "space" and i == 2 and part in ("float", "int", "choice"))
-    ]
+    members = [i for i, part in enumerate(error["loc"]) if part in _MEMBERS and i and error["loc"][0] not in ("data",)]
+    path = [part for i, part in enumerate(error["loc"]) if i not in members]
+    path = path[:2] if path[:2] == ["recipe", "targets"] else path
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".") or "study"
-    kind, message, value = error["type"], error["msg"], error.get("input")
+    kind, value = error["type"], error.get("input")
     if kind == "extra_forbidden":
         model = _MODELS.get(str(path[0]), Spec) if len(path) > 1 else Spec
-        known = (
-            list(model.model_fields) if path[0] != "space" else ["type", "low", "high", "log", "step", "values", "times", "when"]
-        )
+        known = list(model.model_fields) if path[0] != "space" else _DIMENSION
         return Problem(where, "unknown field.", nearest(str(path[-1]), known).strip() or f"Known: {', '.join(known)}.")
     if kind == "missing":
-        return Problem(where, "is required.", _REQUIRED.get(where, ""))
+        return Problem(where, "is required.", _example(path))
     if kind in ("union_tag_not_found", "union_tag_invalid"):
-        return Problem(where, "type must be float, int or choice.", "For example {type: choice, values: [8, 16]}.")
-    message = message.removeprefix("Value error, ").replace("Input should be", "must be")
-    shown = "" if ", got " in message or isinstance(value, (dict, list)) else f", got {value!r}"
-    remedy = (
-        nearest(str(value), error.get("ctx", {}).get("expected", "").replace("'", "").replace(" or ", ", ").split(", "))
-        if isinstance(value, str)
-        else ""
-    )
-    return Problem(where, f"{message[0].lower()}{message[1:]}{shown}.", remedy.strip())
+        written = value.get("type") if isinstance(value, dict) else None
+        shown = f", got {written!r}" if written is not None else ""
+        hint = nearest(str(written), ("float", "int", "choice"))
+        return Problem(f"{where}.type", f"must be float, int or choice{shown}.", f"{hint}{_example(path)}")
+    rule = rule_of(error)
+    if path[:2] == ["recipe", "targets"]:
+        rule = "must be a name or a list of names"
+    elif members and path[0] != "space" or len(members) > 1:
+        rule = "must be a finite number, text, true or false"
+    shown = "" if ", got " in rule or isinstance(value, (dict, list)) else f", got {'nothing' if value is None else repr(value)}"
+    expected = error.get("ctx", {}).get("expected", "")
+    hint = nearest(value, re.findall(r"'([^']+)'", str(expected))) if isinstance(value, str) else ""
+    return Problem(where, f"{rule}{shown}.", hint.strip() or (_example(path) if "mapping" in rule or "list" in rule else ""))
 
 
-_REQUIRED = {
+def _example(path: Sequence[str | int]) -> str:
+    if path[0] == "space" and len(path) > 1:
+        return "For example {type: choice, values: [8, 16]} or {type: float, low: 1.0e-4, high: 1.0e-2, log: true}."
+    return _EXAMPLES.get(".".join(str(part) for part in path), "")
+
+
+_EXAMPLES = {
     "name": "For example name: my-study.",
     "data": "For example data: {train: my.jsonl}.",
     "data.train": "Name a JSONL or CSV file.",
+    "data.columns": "For example columns: {instruction: question}.",
+    "data.labels": "For example labels: [yes, no].",
+    "recipe": "For example recipe: {rank: 16}.",
+    "recipe.targets": "For example targets: all-linear.",
     "space": "Name a bundled space (space: lora) or write one out.",
+    "start": "For example start: [{rank: 8}], with every dimension of the space.",
+    "objectives": "For example objectives: [accuracy, seconds].",
+    "algorithm": "For example algorithm: bayes.",
+    "budget": "For example budget: {trials: 30}.",
+    "resources": "For example resources: {workers: 1}.",
+    "evaluation": "For example evaluation: {rows: 200}.",
+    "limits": "For example limits: {peak_bytes: 8000000000}.",
 }
 
 
 def _cross_checks(spec: Spec) -> list[Problem]:
-    found = [Problem(f"space.{where}", f"{said}.", "") for where, said in problems(spec.space, spec.recipe)]
+    wrong = problems(spec.space, spec.recipe)
+    found = [Problem(f"space.{where}", f"{_plainly(said)}.", _remedy(spec, where)) for where, said in wrong]
     if not len(spec.space):
         found.append(Problem("space", "has no dimension.", "Name at least one field of the recipe with its range."))
     found += training_data.template_problems(spec.data)
     found += _objective_problems(spec)
     found += _algorithm_problems(spec)
     for i, point in enumerate(spec.start):
-        if not spec.space.contains(point):
-            found.append(
-                Problem(f"start[{i}]", f"lies outside the space: {point}.", f"Give {', '.join(spec.space)} within their ranges.")
-            )
+        found += _start_problems(spec, f"start[{i}]", point)
     workers = spec.resources.workers
     for value in _values(spec, "batch_size"):
         if value % workers:
@@ -353,6 +417,48 @@ def _cross_checks(spec: Spec) -> list[Problem]:
                 Problem("resources.workers", f"must divide batch_size, got {workers} and {value}.", "Change one of them.")
             )
             break
+    if workers > 1 and spec.resources.mode == "local" and spec.train == "loop":
+        found.append(
+            Problem("resources.workers", f"must be 1 with mode: local, which trains in one process, got {workers}.",
+                    "Leave mode out, or workers.")
+        )  # fmt: skip
+    return found
+
+
+def _plainly(said: str) -> str:
+    said = said.replace("input should be", "must be")
+    return said.replace("a valid integer, got a number with a fractional part", "a whole number")
+
+
+def _remedy(spec: Spec, where: str) -> str:
+    """Returns the remedy for a dimension that does not fit, where it can be told from the place."""
+    name, _, part = where.partition(".")
+    if part == "times" and spec.space[name].times not in Recipe.model_fields:
+        return nearest(spec.space[name].times, Recipe.model_fields).strip() or "For example times: rank."
+    if part.startswith("when"):
+        choices = [other for other, d in spec.space.items() if d.type == "choice" and not d.when and other != name]
+        return f"Choices of this space: {', '.join(choices)}." if choices else "This space has no choice to depend on."
+    if part == "type":
+        return "Use type: int, or type: choice."
+    return "See `hpo schema recipe`." if part else ""
+
+
+def _start_problems(spec: Spec, where: str, point: Params) -> list[Problem]:
+    found = []
+    for name, value in point.items():
+        if name not in spec.space.root:
+            hint = nearest(name, spec.space).strip() or f"Dimensions: {', '.join(spec.space)}."
+            found.append(Problem(f"{where}.{name}", "is no dimension of the space.", hint))
+        elif not spec.space[name].contains(value):
+            dimension = spec.space[name]
+            known = f"one of {list(dimension.values)}" if dimension.type == "choice" else f"{dimension.low} to {dimension.high}"
+            known += f", to be multiplied by {dimension.times}" if dimension.times else ""
+            found.append(Problem(f"{where}.{name}", f"lies outside the space, got {value!r}.", f"Give {known}."))
+    active = spec.space.active(point)
+    if missing := [name for name in active if name not in point]:
+        found.append(Problem(where, f"lacks {', '.join(missing)}.", "Give a value for every dimension."))
+    if idle := [name for name in point if name in spec.space.root and name not in active]:
+        found.append(Problem(where, f"has {', '.join(idle)}, which do not exist at this point.", "Leave them out."))
     return found
 
 
@@ -360,8 +466,14 @@ def _values(spec: Spec, field: str) -> list[Any]:
     """Returns the values that a field can take: those of its dimension (ends, for a range) and the default."""
     values = [getattr(spec.recipe, field)]
     if (dimension := spec.space.root.get(field)) is not None:
-        values += dimension.values if dimension.type == "choice" else [dimension.low, dimension.high]
+        # Of a range the second value too: the ends may share a divisor that the rest does not.
+        ends = (dimension.low, dimension.low + _step(dimension), dimension.high) if dimension.type != "choice" else ()
+        values += ends or dimension.values
     return [value for value in values if value is not None]
+
+
+def _step(dimension: Any) -> int:
+    return dimension.step if dimension.type == "int" else 0
 
 
 def _objective_problems(spec: Spec) -> list[Problem]:
@@ -395,7 +507,8 @@ def _algorithm_problems(spec: Spec) -> list[Problem]:
         # Counted no further than needed, however large the grid is.
         size = sum(1 for _ in itertools.islice(spec.space.walk(levels), GRID_LIMIT))
         if size > spec.budget.trials:
-            found.append(Problem("budget.trials", f"the grid has {size}{'+' if size == GRID_LIMIT else ''} points, over the budget of {spec.budget.trials} trials.",
+            more = "+" if size == GRID_LIMIT else ""
+            found.append(Problem("budget.trials", f"the grid has {size}{more} points, over the budget of {spec.budget.trials} trials.",
                                  "Raise budget.trials, lower algorithm.levels, or use algorithm: bayes."))  # fmt: skip
     return found
 

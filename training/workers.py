@@ -1,10 +1,11 @@
 """Training on Ray Train worker groups. One of the three files that know Ray.
 
-Owns: `run_group` (one job on a fresh group), `call_on_group` (any function on a group), the flag by which a run is ended.
+Owns: `run_group` (one job on a fresh group), `call_on_group` (any function on a group), the mailbox between a run and its driver.
 Must not know: Tune, studies, searches.
 
-A run ends cooperatively: its main worker reads a flag with every report and the loop returns normally. Only a run that does
-not answer is killed, by removing its placement group, which frees its resources whether or not Ray's dashboard runs.
+A run ends cooperatively: every report of its main worker is answered with the reason to end, if there is one, and the loop
+returns normally. Only a run that does not answer is killed, by removing its placement group, which frees its resources
+whether or not Ray's dashboard runs.
 """
 
 from __future__ import annotations
@@ -16,29 +17,38 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import NodeDiedError, RayActorError, WorkerCrashedError
 from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util import get_current_placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from training.errors import InputError
 from training.loop import out_of_memory
 from training.recipe import Job, Outcome, Progress, Resources
+from training.world import World
 
 GRACE = 60.0  # seconds between asking a run to end and killing its group
+POLL = 0.25  # seconds between two looks at a run
 # One health check takes part of every fresh group's start and end; Ray's own default of 2 s would add seconds per trial.
 ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less per group; nothing here reads its notices
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "OMP_NUM_THREADS": "1",
     "PYTHONWARNINGS": "ignore",
 }
+# What Ray Train calls a worker or a group that was lost, by name: not all of these can be imported from a public place.
+LOST = {"PreemptionError", "WorkerHealthCheckTimeoutError", "WorkerGroupStartupFailedError"}
+# What a worker says whose neighbour died: the neighbour's death is the cause, whichever of the two is seen first.
+BEREFT = ("connection closed by peer", "connection reset by peer", "socket closed", "broken pipe", "nccl error", "remote process exited")
 
 
 class WorkersLost(Exception):
@@ -49,114 +59,127 @@ class WorkersFailed(Exception):
     """The training code raised: the same recipe would raise it again."""
 
 
+@dataclass
+class _Run:
+    reports: list[str] = field(default_factory=list)
+    reason: str | None = None
+    asked: float | None = None
+    group: Any = None
+
+
 @ray.remote(num_cpus=0)
-class Flags:
-    """Which runs are to end, and the placement group of each, so that it can be removed. Lives with its creator."""
+class Mailbox:
+    """Between the main workers of runs and those who drive them: reports, the reason to end, and each run's placement group."""
 
     def __init__(self):
-        self._stops: dict[str, tuple[str, float]] = {}
-        self._groups: dict[str, Any] = {}
+        self._runs: dict[str, _Run] = {}
+
+    def _run(self, run: str) -> _Run:
+        return self._runs.setdefault(run, _Run())
+
+    # Called by a main worker
+
+    def started(self, run: str, group: Any) -> str | None:
+        """Keeps the placement group of a run, so that it can be freed; returns the reason to end before it begins, if any."""
+        self._run(run).group = group
+        return self._run(run).reason
+
+    def report(self, run: str, progress: str) -> str | None:
+        """Keeps a report for the driver; returns the reason to end, if any."""
+        self._run(run).reports.append(progress)
+        return self._run(run).reason
+
+    # Called by those who drive runs
 
     def stop(self, run: str, reason: str) -> None:
-        self._stops.setdefault(run, (reason, time.monotonic()))
+        """Asks a run to end; the first reason counts."""
+        if self._run(run).reason is None:
+            self._run(run).reason, self._run(run).asked = reason, time.monotonic()
 
-    def reason(self, run: str) -> str | None:
-        return self._stops.get(run, (None, 0.0))[0]
+    def poll(self, run: str) -> tuple[list[str], str | None, float]:
+        """Returns the reports since the last call, the reason to end, and the seconds since it was given (0 without one)."""
+        kept = self._run(run)
+        reports, kept.reports = kept.reports, []
+        return reports, kept.reason, time.monotonic() - kept.asked if kept.asked is not None else 0.0
 
-    def asked_for(self, run: str) -> float:
-        """Returns the seconds since the run was asked to end, 0 if it was not."""
-        return time.monotonic() - self._stops[run][1] if run in self._stops else 0.0
-
-    def started(self, run: str, group: Any) -> None:
-        self._groups[run] = group
-
-    def group(self, run: str) -> Any:
-        return self._groups.get(run)
+    def free(self, run: str) -> None:
+        """Ends a run's worker group by removing its placement group."""
+        if (group := self._run(run).group) is not None:
+            remove_placement_group(group)
 
     def forget(self, run: str) -> None:
-        self._stops.pop(run, None)
-        self._groups.pop(run, None)
+        """Drops what is kept of a run that has ended."""
+        self._runs.pop(run, None)
+
+
+@contextlib.contextmanager
+def mailbox_of(name: str) -> Iterator[Any]:
+    """Yields a new Mailbox that ends with the block. It sits with its creator: a worker's node may be taken away."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    unique = f"paretune-{name}-{os.getpid()}-{time.monotonic_ns()}"
+    mailbox = Mailbox.options(name=unique, scheduling_strategy=here).remote()
+    try:
+        yield mailbox
+    finally:
+        ray.kill(mailbox)
 
 
 def run_group(
     job: Job,
     run: str,
-    flags: Any,
+    mailbox: Any,
     *,
     storage: str,
-    callbacks: list | None = None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
     train: Callable | None = None,
     grace: float = GRACE,
 ) -> Outcome:
     """Returns the outcome of one job on a fresh worker group; the group is gone when this returns.
 
+    Waits for the resources of a group as long as it takes, unless the run is asked to end.
+
     Args:
         job: what to train.
         run: name of this run, unique in the cluster.
-        flags: a Flags actor.
+        mailbox: a Mailbox actor.
         storage: folder for Ray Train's own files.
-        callbacks: Ray Train callbacks, such as the one that passes reports on to Tune.
+        on_progress: is handed every report of the main worker, in order, by this thread.
         train: the train function; default `training.loop.train`. Must be picklable.
         grace: seconds that a run has to end after it was asked to.
 
     Raises:
         WorkersLost: a worker or its node died.
         WorkersFailed: the training code raised.
+        InputError: the training code found the user's mistake.
     """
-    trainer = TorchTrainer(
-        _train_worker,
-        train_loop_config={"job": job.model_dump_json(), "run": run, "flags": flags, "train": train},
-        **_group(job.resources, run, storage, callbacks),
-    )
-    box: dict[str, Any] = {}
-    thread = threading.Thread(target=_fit, args=(trainer, box), daemon=True)
-    thread.start()
-    killed = False
-    while thread.is_alive():
-        thread.join(0.5)
-        if not killed and thread.is_alive() and ray.get(flags.asked_for.remote(run)) > grace:
+    config = {"job": job.model_dump_json(), "run": run, "mailbox": mailbox, "train": train}
+    fit = _Fit(_train_worker, config, job.resources, run, storage)
+    killed, reason = False, None
+
+    def look() -> float:
+        nonlocal reason
+        reports, reason, asked = ray.get(mailbox.poll.remote(run))
+        for report in reports:
+            on_progress(Progress.model_validate_json(report))
+        return asked
+
+    while fit.running():
+        asked = look()
+        if reason:
+            fit.leave()
+        if asked > grace and not killed:
             killed = True
-            if (group := ray.get(flags.group.remote(run))) is not None:
-                remove_placement_group(group)
-    reason = ray.get(flags.reason.remote(run))
-    ray.get(flags.forget.remote(run))
-    if "error" not in box:
-        return Outcome.model_validate_json(box["value"])
-    if killed:
-        return Outcome(ended="stopped", reason=f"{reason} (killed: it did not end within {grace:.0f} s)", share=0)
-    return _classify(box["error"])
-
-
-def _group(resources: Resources, run: str, storage: str, callbacks: list | None) -> dict:
-    each = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
-    return {
-        "scaling_config": ScalingConfig(num_workers=resources.workers, use_gpu=resources.gpus > 0, resources_per_worker=each),
-        "torch_config": TorchConfig(backend="nccl" if resources.gpus else "gloo"),
-        "run_config": ray.train.RunConfig(name=run, storage_path=storage, callbacks=callbacks or []),
-    }
-
-
-def _fit(trainer: TorchTrainer, box: dict) -> None:
-    try:
-        box["value"] = trainer.fit().return_value
-    except BaseException as error:  # handed to the thread that waits
-        box["error"] = error
-
-
-def _train_worker(config: dict) -> str:
-    quiet()
-    from training import loop
-
-    job, run, flags = Job.model_validate_json(config["job"]), config["run"], config["flags"]
-    main = ray.train.get_context().get_world_rank() == 0
-    if main:
-        ray.get(flags.started.remote(run, get_current_placement_group()))
-
-    def report(progress: Progress) -> str | None:
-        ray.train.report({"progress": progress.model_dump_json()})
-        return ray.get(flags.reason.remote(run)) if main else None
-
-    return (config["train"] or loop.train)(job, report).model_dump_json()
+            ray.get(mailbox.free.remote(run))
+        if asked > 2 * grace:
+            break  # nothing of it was left to free; Ray Train gives up by itself what never started
+    look()
+    ray.get(mailbox.forget.remote(run))
+    if fit.value is not None:
+        return Outcome.model_validate_json(fit.value)
+    if killed or fit.left:
+        said = f"{reason} (killed: it did not end within {grace:g} s)" if killed else reason
+        return Outcome(ended="stopped", reason=said, share=0)
+    return _classify(fit.error)
 
 
 def call_on_group(function: str, payload: dict[str, Any], resources: Resources, *, run: str, storage: str) -> Any:
@@ -164,28 +187,100 @@ def call_on_group(function: str, payload: dict[str, Any], resources: Resources, 
 
     Args:
         function: dotted name, for example training.measure.time_alone. What it takes and returns must be JSON.
+
+    Raises:
+        WorkersLost, WorkersFailed, InputError: as `run_group`. What ran out of memory counts as failed.
     """
-    one = resources.model_copy(update={"workers": 1})
-    trainer = TorchTrainer(
-        _call_worker,
-        train_loop_config={"function": function, "payload": json.dumps(payload)},
-        **_group(one, run, storage, None),
-    )
-    return json.loads(trainer.fit().return_value)
+    config = {"function": function, "payload": json.dumps(payload), "threads": _threads(resources)}
+    fit = _Fit(_call_worker, config, resources.model_copy(update={"workers": 1}), run, storage)
+    while fit.running():
+        pass
+    if fit.error is not None:
+        raise WorkersFailed(_classify(fit.error).reason)
+    return json.loads(fit.value)
+
+
+class _Fit:
+    """One Ray Train run in a thread of its own.
+
+    In a thread for two reasons: its caller can look after other things meanwhile, and in the main thread Ray Train would
+    take Ctrl-C over, for good.
+    """
+
+    def __init__(self, function: Callable, config: dict, resources: Resources, run: str, storage: str):
+        self.value: str | None = None
+        self.error: BaseException | None = None
+        self.left = False  # ended because it was told to, while it waited for resources
+        self._leave = threading.Event()
+        each = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
+        # One run is one group: whether to try again is decided by the caller, on the record.
+        once = ray.train.FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0)
+        self._trainer = lambda: TorchTrainer(
+            function,
+            train_loop_config=config,
+            scaling_config=ScalingConfig(num_workers=resources.workers, use_gpu=resources.gpus > 0, resources_per_worker=each),
+            torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
+            run_config=ray.train.RunConfig(name=run, storage_path=storage, failure_config=once),
+        )
+        self._thread = threading.Thread(target=self._work, name=f"fit-{run}", daemon=True)
+        self._thread.start()
+
+    def running(self) -> bool:
+        """Says whether it still runs, after waiting for a moment."""
+        self._thread.join(POLL)
+        return self._thread.is_alive()
+
+    def leave(self) -> None:
+        """Makes this the last time that it waits for resources."""
+        self._leave.set()
+
+    def _work(self) -> None:
+        while self.value is None and self.error is None and not self.left:
+            try:
+                self.value = self._trainer().fit().return_value
+            except BaseException as error:  # handed to the thread that waits
+                # No resources within RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S (60 s): other trials have them, or a node is
+                # on its way. Ray Train has removed the placement group, so nothing is left behind if this is the end.
+                waited = type(getattr(error, "controller_failure", None)).__name__ == "WorkerGroupStartupTimeoutError"
+                if not waited:
+                    self.error = error
+                elif self._leave.is_set():
+                    self.left = True
+
+
+def _train_worker(config: dict) -> str:
+    job, run, mailbox = Job.model_validate_json(config["job"]), config["run"], config["mailbox"]
+    main = ray.train.get_context().get_world_rank() == 0
+    reason = ray.get(mailbox.started.remote(run, get_current_placement_group())) if main else None
+    quiet(_threads(job.resources))
+    if reason := World.join().agree(reason):
+        return Outcome(ended="stopped", reason=reason, share=0).model_dump_json()
+
+    def report(progress: Progress) -> str | None:
+        return ray.get(mailbox.report.remote(run, progress.model_dump_json())) if main else None
+
+    train = config["train"]
+    if train is None:
+        from training.loop import train
+    return train(job, report).model_dump_json()
 
 
 def _call_worker(config: dict) -> str:
-    quiet()
+    quiet(config["threads"])
     module, _, name = config["function"].rpartition(".")
     return json.dumps(getattr(importlib.import_module(module), name)(**json.loads(config["payload"])))
 
 
-def quiet() -> None:
-    """Keeps this process to one torch thread per CPU it was given, and libraries' chatter out of its output."""
+def _threads(resources: Resources) -> int:
+    return max(1, int(resources.cpus))
+
+
+def quiet(threads: int = 1) -> None:
+    """Keeps this process to so many torch threads, and libraries' chatter out of its output."""
     import torch
     from transformers.utils import logging as transformers_logging
 
-    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+    torch.set_num_threads(threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -193,23 +288,30 @@ def quiet() -> None:
 
 def _classify(error: BaseException) -> Outcome:
     """Returns an outcome for what is a result, and raises what is not."""
-    failures = list(getattr(error, "worker_failures", {}).values()) or [error]
+    failures = [_cause(f) for f in (getattr(error, "worker_failures", None) or {0: error}).values()]
     for failure in failures:
-        cause = getattr(failure, "cause", None) or failure
-        if out_of_memory(failure) or (isinstance(cause, BaseException) and out_of_memory(cause)):
-            return Outcome(ended="infeasible", reason=f"out of memory: {str(cause).splitlines()[-1][:200]}", share=0)
-    lost = ("ActorDiedError", "ActorUnavailableError", "NodeDiedError", "WorkerCrashedError", "RayActorError", "PreemptionError")
-    said = "; ".join(f"{type(f).__name__}: {(str(f).strip().splitlines() or [''])[-1][:300]}" for f in failures[:2])
-    if any(name in f"{type(f).__name__} {type(f).__mro__}" for f in (*failures, error) for name in lost):
-        raise WorkersLost(said)
-    raise WorkersFailed(said)
+        if isinstance(failure, InputError):
+            raise failure
+        if out_of_memory(failure):
+            return Outcome(ended="infeasible", reason=f"out of memory: {_said(failure)[:200]}", share=0)
+    own = [f for f in failures if not _lost(f)]
+    if own:
+        raise WorkersFailed("; ".join(f"{type(f).__name__}: {_said(f)[:500]}" for f in own[:2]))
+    raise WorkersLost("; ".join(f"{type(f).__name__}: {_said(f)[:500]}" for f in failures[:2]))
 
 
-@contextlib.contextmanager
-def flags_of(namespace: str):
-    """Yields a new Flags actor that ends with the block."""
-    actor = Flags.options(name=f"paretune-flags-{namespace}-{os.getpid()}-{time.monotonic_ns()}").remote()
-    try:
-        yield actor
-    finally:
-        ray.kill(actor)
+def _cause(error: BaseException) -> BaseException:
+    """Returns what an exception of Ray or Ray Train wraps, if it wraps something."""
+    for name in ("controller_failure", "health_check_failure", "cause"):
+        if isinstance(inner := getattr(error, name, None), BaseException):
+            return _cause(inner)
+    return error
+
+
+def _lost(error: BaseException) -> bool:
+    gone = isinstance(error, (RayActorError, NodeDiedError, WorkerCrashedError)) or type(error).__name__ in LOST
+    return gone or any(words in str(error).lower() for words in BEREFT)
+
+
+def _said(error: BaseException) -> str:
+    return " ".join(str(error).split()) or "no message"
