@@ -7,44 +7,47 @@ Must not know: algorithms. It may add only concurrency to what `hpo.local` speci
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
-from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from hpo.errors import BackendError
+from hpo.errors import BackendError, InputError, Problem
 from hpo.search import Search, job_of
-from training.recipe import DataConfig, Outcome, Progress, Resources
-from training.workers import ENVIRONMENT, WorkersFailed, WorkersLost, call_on_group, flags_of, run_group
+from training.recipe import DataConfig, Job, Outcome, Progress, Resources
+from training.workers import ENVIRONMENT, GRACE, WorkersFailed, WorkersLost, call_on_group, mailbox_of, run_group
 
 # The trial's own process drives its worker group and computes nothing. A share of a CPU would come out of the cluster and
 # could keep the last worker group waiting for ever.
 DRIVER = {"cpu": 0, "node:__internal_head__": 0.001}
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # what `ray up` leaves on a head node
+GROWTH = "HPO_GROWTH"  # the same for clusters whose autoscaler does not say how far it goes, such as KubeRay's
+TRIES = 3  # of what is measured after the search, when workers are lost
+
+Node = dict[str, float]
 
 
 @contextlib.contextmanager
 def connect(*, dashboard: bool = False) -> Iterator[None]:
     """Joins the cluster at RAY_ADDRESS, or starts one on this machine that ends with the block."""
-    environment = {name: os.environ.get(f"PARETUNE_{name}", value) for name, value in ENVIRONMENT.items()}
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output prints a banner even when told to be quiet
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     mine = not ray.is_initialized()
     if mine:
         options: dict[str, Any] = {
-            "runtime_env": {"env_vars": environment},
+            "runtime_env": {"env_vars": environment()},
             "log_to_driver": False,
             "logging_level": logging.ERROR,
         }
@@ -61,56 +64,62 @@ def connect(*, dashboard: bool = False) -> Iterator[None]:
             ray.shutdown()
 
 
-def capacity() -> dict[str, float]:
-    """Returns the resources that the cluster has, or can grow to where an autoscaler says so."""
-    now = dict(ray.cluster_resources())
-    grown = ray._private.state.state.get_max_resources_from_cluster_config() or _bootstrap_resources()
-    return {name: max(now.get(name, 0), grown.get(name, 0)) for name in {*now, *grown}}
+def environment() -> dict[str, str]:
+    """Returns the environment of all workers. PARETUNE_<name> here changes one of them; what a submitted job's own
+    `--runtime-env` sets is left to it, because Ray refuses a variable that is set twice."""
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
+    given = submitted.get("env_vars") or {}
+    return {name: os.environ.get(f"PARETUNE_{name}", value) for name, value in ENVIRONMENT.items() if name not in given}
 
 
-def _bootstrap_resources() -> dict[str, float]:
-    path = BOOTSTRAP.expanduser()
-    if not path.is_file():
-        return {}
+def capacity() -> list[Node]:
+    """Returns the resources of each node that the cluster has, or can grow to where an autoscaler says so."""
     from ruamel.yaml import YAML
 
-    return growth(YAML(typ="safe", pure=True).load(path.read_text()))
+    yaml, path = YAML(typ="safe", pure=True), BOOTSTRAP.expanduser()
+    if given := os.environ.get(GROWTH):
+        return growth({"available_node_types": yaml.load(given)})
+    if os.environ.get("RAY_ADDRESS") and path.is_file():
+        return growth(yaml.load(path.read_text()))
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def growth(cluster: dict[str, Any]) -> dict[str, float]:
-    """Returns the resources of a `ray up` cluster with every node type at its maximum.
+def growth(cluster: dict[str, Any]) -> list[Node]:
+    """Returns the nodes of a `ray up` cluster with every node type at its maximum.
 
     Args:
         cluster: the parsed cluster.yaml.
     """
-    total: dict[str, float] = {}
+    nodes: list[Node] = []
     head = cluster.get("head_node_type")
     left = cluster.get("max_workers", math.inf)
     for name, kind in cluster.get("available_node_types", {}).items():
         workers = min(kind.get("max_workers", 0), left)
         left -= workers
-        for resource, amount in (kind.get("resources") or {}).items():
-            total[resource] = total.get(resource, 0) + amount * (workers + (name == head))
-    return total
+        nodes += [dict(kind.get("resources") or {})] * (workers + (name == head))
+    return nodes
 
 
-def concurrency(resources: Resources, have: dict[str, float], asked: int | None) -> int:
+def concurrency(resources: Resources, nodes: list[Node], asked: int | None) -> int:
     """Returns how many trials run at a time: what fits into the cluster, at most what the user asked for.
+
+    A worker fits into one node; the workers of a trial may be spread over several.
 
     Raises:
         BackendError: not even one trial fits.
     """
-    need = {"CPU": resources.cpus * resources.workers, "GPU": resources.gpus * resources.workers}
-    fits = [math.floor(have.get(name, 0) / amount + 1e-9) for name, amount in need.items() if amount]
-    most = min(fits, default=asked or 1)
-    if most < 1:
-        short = ", ".join(
-            f"{amount:g} {name} of {have.get(name, 0):g}" for name, amount in need.items() if amount > have.get(name, 0)
-        )
+    need = {name: amount for name, amount in (("CPU", resources.cpus), ("GPU", resources.gpus)) if amount}
+    if not need:
+        return asked or 1
+    workers = sum(min(math.floor(node.get(name, 0) / amount + 1e-9) for name, amount in need.items()) for node in nodes)
+    if workers < resources.workers:
+        wanted = " and ".join(f"{amount:g} {name}" for name, amount in need.items())
+        total = " and ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in need)
         raise BackendError(
-            f"resources: a trial needs more than the cluster can have ({short}). Lower resources.workers, resources.cpus or resources.gpus."
+            f"resources: not even one trial fits into the cluster. It needs {resources.workers} workers with {wanted} each, and "
+            f"{workers} fit into its {len(nodes)} nodes ({total} in all). Lower resources.workers, resources.cpus or resources.gpus."
         )
-    return min(most, asked or most)
+    return min(workers // resources.workers, asked or workers)
 
 
 def run_search(
@@ -120,6 +129,7 @@ def run_search(
     parallel: int,
     train: Callable | None = None,
     on_change: Callable[[Search], None] = lambda search: None,
+    grace: float = GRACE,
 ) -> None:
     """Runs trials until the search has no more. Ray must be connected.
 
@@ -129,31 +139,27 @@ def run_search(
         parallel: trials at a time.
         train: a user's own train function; default is the loop.
         on_change: is called after every report and every result.
+        grace: seconds that a running trial has to end after it was asked to; then its workers are killed.
     """
     folder = search.spec.folder / "ray"
     folder.mkdir(parents=True, exist_ok=True)
-    with flags_of(search.spec.name) as flags:
-        searcher = _Searcher(search, data, parallel, on_change)
+    with mailbox_of(search.spec.name) as mailbox:
+        course = _Course(search, data, parallel, mailbox, on_change)
+        drive = tune.with_parameters(_drive, mailbox=mailbox, storage=str(folder), train=train, grace=grace)
         tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(_drive, flags=flags, storage=str(folder), train=train), DRIVER),
+            tune.with_resources(drive, DRIVER),
             tune_config=tune.TuneConfig(
-                search_alg=searcher,
-                scheduler=_Scheduler(search, flags, on_change),
-                num_samples=-1,
-                metric="share",
-                mode="max",
+                search_alg=_Searcher(course), scheduler=_Scheduler(course), num_samples=-1, metric="share", mode="max",
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
                 name="tune", storage_path=str(folder), verbose=0, failure_config=tune.FailureConfig(max_failures=0)
             ),
-        )
-        _fit(tuner, search, flags, searcher)
-    if searcher.error is not None:
-        raise searcher.error
+        )  # fmt: skip
+        _fit(tuner, course)
 
 
-def _fit(tuner: tune.Tuner, search: Search, flags: Any, searcher: _Searcher) -> None:
+def _fit(tuner: tune.Tuner, course: _Course) -> None:
     # Tune runs in a thread of its own, so that Ctrl-C and SIGTERM reach this one and running trials can end by themselves.
     box: list[BaseException] = []
 
@@ -167,41 +173,49 @@ def _fit(tuner: tune.Tuner, search: Search, flags: Any, searcher: _Searcher) -> 
     thread.start()
     while thread.is_alive():
         try:
+            course.pass_on_stops()
             thread.join(0.2)
         except KeyboardInterrupt:
-            if searcher.interrupted:
-                raise  # the second time: at once
-            searcher.interrupted = True
-        if searcher.interrupted or search.stopping:
-            for number in list(searcher.live.values()):
-                flags.stop.remote(_run_name(search, number), search.stopping or "interrupted")
+            if course.interrupted:  # the second time: at once, and nothing more is kept
+                course.error = KeyboardInterrupt()
+                raise
+            course.interrupted = True
+    if course.error is not None:
+        raise course.error
     if box:
         raise BackendError(f"Ray Tune ended with {type(box[0]).__name__}: {box[0]}") from box[0]
 
 
 def call(function: str, payload: dict[str, Any], resources: Resources, *, storage: str) -> Any:
-    """Returns `function(**payload)` as called on a worker with these resources, where models can be loaded."""
-    return call_on_group(function, payload, resources, run=f"call-{os.getpid()}-{function.rpartition('.')[2]}", storage=storage)
+    """Returns `function(**payload)` as called on a worker with these resources, where models can be loaded.
+
+    Raises:
+        BackendError: it raised, or workers were lost again and again.
+    """
+    name = function.rpartition(".")[2]
+    for again in reversed(range(TRIES)):
+        try:
+            return call_on_group(function, payload, resources, run=f"call-{name}-{time.time_ns()}", storage=storage)
+        except WorkersLost as error:
+            if not again:
+                raise BackendError(f"{name}: workers were lost {TRIES} times, last: {error}") from error
+        except WorkersFailed as error:
+            raise BackendError(f"{name}: {error}") from error
 
 
-def _run_name(search: Search, number: int) -> str:
-    attempts = next((t.attempts for t in search.trials if t.number == number), 1)
-    return f"{search.spec.name}-{number:05d}-{attempts}"
-
-
-def _drive(config: dict, flags: Any = None, storage: str = "", train: Callable | None = None) -> None:
+def _drive(config: dict, mailbox: Any = None, storage: str = "", train: Callable | None = None, grace: float = GRACE) -> None:
     """One Tune trial: drives one worker group and ends normally with what came of it, so that the reason is never lost."""
-    from training.recipe import Job
 
+    # Everything is reported by this one thread. Ray's own TuneReportCallback reports from another process, and where Tune is
+    # slow to fetch its last report, this one's final report and that one wait for each other for ever.
+    def pass_on(progress: Progress) -> None:
+        tune.report({"share": progress.share, "progress": progress.model_dump_json()})
+
+    job = Job.model_validate_json(config["job"])
     try:
-        outcome = run_group(
-            Job.model_validate_json(config["job"]),
-            config["run"],
-            flags,
-            storage=storage,
-            callbacks=[TuneReportCallback()],
-            train=train,
-        )
+        outcome = run_group(job, config["run"], mailbox, storage=storage, on_progress=pass_on, train=train, grace=grace)
+    except InputError as error:
+        tune.report({"share": 0.0, "wrong": json.dumps([(p.where, p.rule, p.remedy) for p in error.problems])})
     except WorkersLost as error:
         tune.report({"share": 0.0, "lost": str(error)})
     except WorkersFailed as error:
@@ -210,35 +224,95 @@ def _drive(config: dict, flags: Any = None, storage: str = "", train: Callable |
         tune.report({"share": outcome.share, "outcome": outcome.model_dump_json()})
 
 
-class _Scheduler(FIFOScheduler):
-    """Passes reports on to the search, and its decision to end a trial on to the flag that the trial's loop reads."""
+class _Course:
+    """What the searcher and the scheduler share: the search, and which of its trials Tune has.
 
-    def __init__(self, search: Search, flags: Any, on_change: Callable):
+    Lives in Tune's thread, but for `pass_on_stops` and `interrupted`.
+    """
+
+    def __init__(self, search: Search, data: DataConfig, parallel: int, mailbox: Any, on_change: Callable[[Search], None]):
+        self.search, self.data, self.parallel, self.mailbox, self.on_change = search, data, parallel, mailbox, on_change
+        self.live: dict[str, tuple[int, str]] = {}  # Tune's trial -> number and run
+        self.again: list = []
+        self.interrupted = False
+        self.error: BaseException | None = None  # once set, nothing more is kept: what runs is launched again next time
+        self._told: set[str] = set()
+
+    @contextlib.contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Around whatever may raise: Tune would take an exception for a failure of one trial, or bury it in its own."""
+        try:
+            if self.interrupted:
+                self.search.stop("interrupted", resume=True)
+            yield
+        except Exception as error:
+            self.error = self.error or error
+
+    def pass_on_stops(self) -> None:
+        """Asks the runs to end that should; called again and again, because a run may begin at any time."""
+        reason = "interrupted" if self.interrupted else self.search.stopping or (self.error and "the search ended")
+        for _, run in list(self.live.values()) if reason else ():
+            if run not in self._told:
+                self._told.add(run)
+                self.mailbox.stop.remote(run, reason)
+
+    def next_trial(self):
+        """Returns the next trial to launch, or None."""
+        self.search.beat()
+        if len(self.live) >= self.parallel:
+            return None
+        while self.again:
+            trial = self.again.pop(0)
+            if not self.search.stopping:
+                return trial
+            self.search.tell(trial.number, Outcome(ended="stopped", reason=self.search.stopping, share=0))
+        return self.search.ask()
+
+    def finish(self, number: int, run: str, result: dict) -> None:
+        """Keeps what came of a run."""
+        again = None
+        if "outcome" in result:
+            self.search.tell(number, Outcome.model_validate_json(result["outcome"]))
+        elif "wrong" in result:
+            raise InputError(*(Problem(*said) for said in json.loads(result["wrong"])))
+        elif "failed" in result:
+            self.search.fail(number, result["failed"], retry=False)
+        elif "lost" in result:
+            again = self.search.fail(number, result["lost"], retry=True)
+        else:
+            self.mailbox.free.remote(run)  # nobody else is left to free its workers
+            again = self.search.fail(number, "the process that drove the trial died", retry=True)
+        self.again += [again] if again is not None else []
+        self.on_change(self.search)
+
+
+class _Scheduler(FIFOScheduler):
+    """Passes reports on to the search, and its decision to end a trial on to the mailbox that the trial's loop reads."""
+
+    def __init__(self, course: _Course):
         super().__init__()
-        self._search, self._flags, self._on_change = search, flags, on_change
+        self._course = course
 
     def __getstate__(self) -> dict:
         return {}  # Tune writes this to its own files, which are never read: the store is the truth
 
     def on_trial_result(self, tune_controller, trial, result: dict) -> str:
-        if "progress" in result:
-            number = trial.config["number"]
-            if reason := self._search.report(number, Progress.model_validate_json(result["progress"])):
-                self._flags.stop.remote(trial.config["run"], reason)
-            self._on_change(self._search)
+        course = self._course
+        if "progress" in result and course.error is None:
+            with course.keeping():
+                number, run = course.live[trial.trial_id]
+                if reason := course.search.report(number, Progress.model_validate_json(result["progress"])):
+                    course.mailbox.stop.remote(run, reason)
+                course.on_change(course.search)
         return TrialScheduler.CONTINUE
 
 
 class _Searcher(Searcher):
     """Hands the search's trials to Tune and Tune's results to the search."""
 
-    def __init__(self, search: Search, data: DataConfig, parallel: int, on_change: Callable):
+    def __init__(self, course: _Course):
         super().__init__(metric="share", mode="max")
-        self._search, self._data, self._parallel, self._on_change = search, data, parallel, on_change
-        self._again: list = []
-        self.live: dict[str, int] = {}
-        self.error: BaseException | None = None
-        self.interrupted = False
+        self._course = course
 
     def __getstate__(self) -> dict:
         return {}
@@ -250,37 +324,24 @@ class _Searcher(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> dict | str | None:
-        if self.interrupted:
-            self._search.stop("interrupted", resume=True)
-        if len(self.live) >= self._parallel:
-            return None
-        try:
-            trial = self._again.pop(0) if self._again else self._search.ask()
-        except Exception as error:  # Tune would log it and go on; the study must end with it
-            self.error = error
-            self._search.stop(str(error), resume=True)
-            trial = None
-        if trial is None:
-            return None if self.live else Searcher.FINISHED
-        self.live[trial_id] = trial.number
-        self._on_change(self._search)
-        job = job_of(trial, self._search.spec, self._data)
-        return {"number": trial.number, "run": _run_name(self._search, trial.number), "job": job.model_dump_json()}
+        course, trial = self._course, None
+        if course.error is None:
+            with course.keeping():
+                trial = course.next_trial()
+                if trial is not None:
+                    course.on_change(course.search)
+        if trial is None or course.error is not None:
+            return None if course.live else Searcher.FINISHED
+        run = f"{course.search.spec.name}-{trial.number:05d}-{trial.attempts}"
+        course.live[trial_id] = (trial.number, run)
+        return {"run": run, "job": job_of(trial, course.search.spec, course.data).model_dump_json()}
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        number = self.live.pop(trial_id)
-        if self.interrupted:
-            self._search.stop("interrupted", resume=True)
-        result = result or {}
-        if "outcome" in result:
-            self._search.tell(number, Outcome.model_validate_json(result["outcome"]))
-        elif "failed" in result:
-            self._search.fail(number, result["failed"], retry=False)
-        else:
-            said = result.get("lost", "the process that drove the trial died")
-            if (again := self._search.fail(number, said, retry=True)) is not None:
-                self._again.append(again)
-        self._on_change(self._search)
+        course = self._course
+        number, run = course.live.pop(trial_id)
+        if course.error is None:
+            with course.keeping():
+                course.finish(number, run, result or {})
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the store is the truth."""

@@ -16,6 +16,7 @@ import random
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -110,8 +111,9 @@ class Run:
     engine: object | None
     accumulation: int
 
-    @property
+    @cached_property
     def parameters(self) -> list[torch.nn.Parameter]:
+        """The trainable ones; walking all modules at every step would cost a millisecond."""
         return [p for p in self.inner.parameters() if p.requires_grad]
 
     def held(self) -> list[torch.Tensor]:
