@@ -7,18 +7,24 @@ STUDY ?= quickstart
 
 setup: .venv/.ready
 
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
 .venv/.ready: pyproject.toml constraints.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	$(PIP) -e .
+	touch $@
+
+.venv/.test-ready: .venv/.ready
+	$(PIP) -e ".[test]"
 	touch $@
 
 quickstart: setup
 	.venv/bin/hpo run $(STUDY)
 
-test: setup
+test: .venv/.test-ready
 	.venv/bin/ruff check .
 	.venv/bin/python -m pytest
 
-lint: setup
+lint: .venv/.test-ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hpo.certificate import Certificate, Interval, Measured, Scored, SideBySide
-from hpo.objectives import Objective, losses
+from hpo.objectives import Objective
 from hpo.pareto import eligible, front
 from hpo.search import job_of
 from hpo.spec import Spec
@@ -53,7 +53,8 @@ def choose(trials: Sequence[Trial], objectives: Sequence[Objective]) -> tuple[Tr
     """Returns the member of the front with the best score and, among statistical ties with it, the cheapest; and why.
 
     The score is the first objective. Two accuracies tie where the paired difference over the validation rows is within
-    1.645 standard errors (one-sided 95 %). The cheapest has the smallest product of the other objectives.
+    1.645 standard errors (one-sided 95 %). The cheapest has the smallest product of the other objectives, of which those to
+    be maximised divide.
     """
     members = front(trials, objectives)
     if not members:
@@ -67,7 +68,8 @@ def choose(trials: Sequence[Trial], objectives: Sequence[Objective]) -> tuple[Tr
         return best, said
 
     def cost(trial: Trial) -> float:
-        return sum(math.log(max(abs(value), 1e-12)) for value in losses(trial, costs))
+        values = [(objective, abs(objective.of(trial.outcome))) for objective in costs]
+        return sum(math.log(max(value, 1e-12)) * (-1 if objective.goal == "maximize" else 1) for objective, value in values)
 
     chosen = min([best, *tied], key=lambda t: (cost(t), t.number))
     names = ", ".join(str(t.number) for t in tied)
@@ -155,8 +157,8 @@ def _compared(
         )
     models.append({"who": "winner", "recipe": winner.recipe, "checkpoint": winner.outcome.checkpoint, "number": winner.number})
     job = job_of(winner, spec, data)
-    models = [m | {"recipe": m["recipe"].model_copy(update={"model": job.recipe.model}) if "model" not in spec.space.root else m["recipe"]}
-              for m in models]  # fmt: skip
+    if "model" not in spec.space.root:
+        models = [m | {"recipe": m["recipe"].model_copy(update={"model": job.recipe.model})} for m in models]
     payload = [
         {name: m[name] for name in ("who", "checkpoint")} | {"recipe": m["recipe"].model_dump(mode="json")} for m in models
     ]

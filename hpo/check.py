@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hpo import gate
@@ -60,7 +60,7 @@ def inspect(spec: Spec, *, trained_elsewhere: bool = False) -> Findings:
         try:
             shapes[model] = describe(model, spec.recipe.revision)
         except InputError as error:
-            found += error.problems
+            found += _placed(error, spec, "model", model)
     for shape in shapes.values():
         found += _targets(spec, shape)
     rows = None
@@ -137,7 +137,7 @@ def _targets(spec: Spec, shape: Shape) -> list[Problem]:
         try:
             chosen = match(targets, shape)
         except InputError as error:
-            found += error.problems
+            found += _placed(error, spec, "targets", targets)
             continue
         limit = min(min(size) for size in chosen.values())
         for rank in _values(spec, "rank"):
@@ -149,6 +149,12 @@ def _targets(spec: Spec, shape: Shape) -> list[Problem]:
                     Problem(where, f"rank {rank} is beyond the narrowest target, {narrow} ({limit}).", f"Use at most {limit}.")
                 )
     return found
+
+
+def _placed(error: InputError, spec: Spec, field: str, value: object) -> list[Problem]:
+    """Returns the problems of a value where the user wrote it: in the space, unless it is the recipe's."""
+    where = f"{'recipe' if value == getattr(spec.recipe, field) else 'space'}.{field}"
+    return [replace(problem, where=where) for problem in error.problems]
 
 
 def _predict(spec: Spec, shape: Shape, rows: Rows) -> Findings:
@@ -180,4 +186,12 @@ def _brief(recipe: Recipe, spec: Spec) -> str:
 
 
 def _tokenized(spec: Spec, rows: Rows) -> Tokenized:
-    return training_data.tokenize(rows.train, spec.data, load_tokenizer(spec.recipe), spec.recipe.max_length)
+    try:
+        tokenizer = load_tokenizer(spec.recipe)
+    except (OSError, ValueError) as error:  # what transformers raises where the tokenizer's files are missing or unknown
+        first = (str(error).splitlines() or [""])[0][:200]
+        problem = Problem(
+            "recipe.model", f"{spec.recipe.model} has no tokenizer that loads: {first}", "Download the model again."
+        )
+        raise SpecError(problem) from None
+    return training_data.tokenize(rows.train, spec.data, tokenizer, spec.recipe.max_length)

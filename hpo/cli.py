@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,7 +46,8 @@ def init(
     path = out or Path(f"{parse(made.text)['name']}.yaml")
     if path.exists():
         raise typer.BadParameter(f"{path} exists. Name another file with --out, or remove it.")
-    path.write_text(made.text)
+    with _writing(path):
+        path.write_text(made.text, encoding="utf-8")
     if as_json:
         _print_json({"path": str(path), "notes": made.notes})
         return
@@ -124,7 +126,9 @@ def report(
     """Write the report of a study as one HTML file and print its path."""
     from hpo.study import open_study
 
-    print(open_study(name, storage=storage).report(out))
+    study = open_study(name, storage=storage)
+    with _writing(out or study.spec.folder):
+        print(study.report(out))
 
 
 @app.command()
@@ -141,7 +145,8 @@ def export(
                ".parquet": lambda: table.to_parquet(out, index=False)}  # fmt: skip
     if out.suffix not in writers:
         raise typer.BadParameter(f"--out must end in {', '.join(writers)}, got {out.name}")
-    writers[out.suffix]()
+    with _writing(out):
+        writers[out.suffix]()
     _say(f"Wrote {len(table)} trials to {out}")
 
 
@@ -184,6 +189,14 @@ def doctor(as_json: Json = False):
         _console().print(show.doctor_text(findings))
     if not all(f.ok for f in findings if f.needed):
         raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise typer.BadParameter(f"{path} cannot be written ({error.strerror or error}).") from None
 
 
 def _console():

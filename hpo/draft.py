@@ -102,18 +102,18 @@ def _lines(name, file, model, folder, config, shape: Shape, max_length, gpus, to
         f"# Written by `hpo init`. Look it over, then: hpo check {name}.yaml && hpo run {name}.yaml",
         f"name: {name}",
         "data:",
-        f"  train: {json.dumps(data)}          # validation and test rows are cut from it by seed; or name files of their own",
+        f"  train: {_quoted(data)}          # validation and test rows are cut from it by seed; or name files of their own",
         f"  task: {config.task}",
     ]
     if template:
-        lines.append(f"  template: {json.dumps(template)}")
+        lines.append(f"  template: {_quoted(template)}")
     else:
         lines.append("  # the prompt is the tokenizer's chat template; `template: ...` would replace it")
     if len(rows.train) > 20_000:
         lines.append("  limit: 20000                # a search needs fewer rows than the final training")
     lines += [
         "recipe:",
-        f"  model: {json.dumps(model_path)}",
+        f"  model: {_quoted(model_path)}",
         f"  max_length: {max_length}",
         f"  precision: {'bf16' if gpus else 'fp32'}",
     ]
@@ -127,6 +127,10 @@ def _lines(name, file, model, folder, config, shape: Shape, max_length, gpus, to
     else:
         lines += ["budget: {trials: 20}", "resources: {workers: 1, cpus: 1}"]
     return lines
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)  # YAML reads JSON's pairs of surrogates as two characters
 
 
 def _default_template(config: DataConfig, rows) -> str:

@@ -9,9 +9,9 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from hpo.errors import InputError
+from hpo.errors import HpoError, InputError
 from hpo.search import Search, job_of
-from training.recipe import DataConfig, Resources, Train
+from training.recipe import DataConfig, Outcome, Resources, Train
 
 
 def run_search(
@@ -34,8 +34,10 @@ def run_search(
 
         try:
             outcome = train(job_of(trial, search.spec, data), report)
-        except InputError:
-            raise  # the user's mistake: every other trial would meet it too
+            if not isinstance(outcome, Outcome):
+                raise TypeError(f"the train function must return an Outcome, got {type(outcome).__name__}")
+        except (InputError, HpoError):
+            raise  # the user's mistake, which every other trial would meet too; or the record's, raised by the report
         except KeyboardInterrupt:
             search.stop("interrupted", resume=True)
             raise

@@ -12,7 +12,10 @@ import random
 import time
 from collections.abc import Callable
 
+from pydantic import ValidationError
+
 from hpo import algorithms, gate, space
+from hpo.errors import rule_of
 from hpo.objectives import losses
 from hpo.spec import Spec
 from hpo.store import Holder, Record, Store, with_state
@@ -90,6 +93,8 @@ class Search:
             and losses(self._trials[number].model_copy(update={"outcome": outcome}), self.spec.targets) is None
         ):
             state, error = "failed", f"an objective is missing or not finite: {', '.join(self.spec.objectives)}"
+        if wrong := _invalid(outcome):
+            state, error, outcome = "failed", error or f"the outcome cannot be kept: {wrong}", None
         if state == "stopped" and self.stopping:
             if self._resume:  # stays as running on the record and is launched again when the study is continued
                 return self._trials[number]
@@ -104,6 +109,8 @@ class Search:
                 code is not retried: it would be raised again.
         """
         trial = self._trials[number]
+        if retry and self.stopping and self._resume:
+            return None  # Ctrl-C reaches workers too: as in `tell`, it is launched again when the study is continued
         if retry and not self.stopping and trial.attempts <= self.spec.budget.retries:
             return self._relaunch(trial, error)
         self._finish(with_state(trial, "failed", None, error))
@@ -207,6 +214,16 @@ class Search:
         else:
             self.store.add_event(self.study.id, "late result refused", number=trial.number, state=trial.state)
         return self._trials[trial.number]
+
+
+def _invalid(outcome: Outcome) -> str:
+    """Returns why an outcome could not be read again from the record, or ""; a copy with changes was never checked."""
+    try:
+        Outcome.model_validate(outcome.model_dump())
+    except ValidationError as error:
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))} {rule_of(first)}"
+    return ""
 
 
 def job_of(trial: Trial, spec: Spec, data: DataConfig) -> Job:

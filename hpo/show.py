@@ -39,9 +39,10 @@ def number(value: float | None, unit: str = "") -> str:
 def check_text(findings: Findings):
     """Returns what would run, as a renderable."""
     from rich.console import Group
+    from rich.markup import escape
     from rich.table import Table
 
-    spec = findings.spec
+    spec, each = findings.spec, findings.spec.resources
     table = Table(show_header=False, box=None, pad_edge=False)
     size = spec.space.size
     rows = [
@@ -53,25 +54,30 @@ def check_text(findings: Findings):
         ),
         (
             "each trial",
-            f"{spec.resources.workers} worker(s) with {spec.resources.cpus:g} CPU, {spec.resources.gpus:g} GPU; mode {spec.resources.mode}",
+            f"{each.workers} worker(s) with {each.cpus:g} CPU, {each.gpus:g} GPU; mode {each.mode}",
         ),
         ("storage", str(spec.folder)),
     ]
     if findings.shape and findings.rows:
-        memory, held = findings.memory, findings.rows
+        held = findings.rows
+        parts = {
+            name: number(getattr(findings.memory, name), "bytes")
+            for name in ("total", "weights", "adapters", "activations", "logits")
+        }
         rows += [
             ("model", f"{spec.recipe.model}: {findings.shape.parameters:,} parameters, {findings.shape.layers} layers"),
-            ("rows", f"{len(held.train):,} training, {len(held.validation):,} validation, {len(held.test):,} test; longest {findings.tokens_per_row} tokens"),
-            ("memory", f"defaults about {number(memory.total, 'bytes')} (weights {number(memory.weights, 'bytes')}, adapters "
-                       f"{number(memory.adapters, 'bytes')}, activations {number(memory.activations, 'bytes')}, logits {number(memory.logits, 'bytes')})"),
+            ("rows", f"{len(held.train):,} training, {len(held.validation):,} validation, {len(held.test):,} test; "
+                     f"longest {findings.tokens_per_row} tokens"),
+            ("memory", "defaults about {total} (weights {weights}, adapters {adapters}, activations {activations}, "
+                       "logits {logits})".format(**parts)),
             ("over the space", f"{number(findings.smallest, 'bytes')} to {number(findings.largest, 'bytes')} predicted"),
         ]  # fmt: skip
         limit = spec.limits.peak_bytes
         if limit is not None:
-            rows.append(("does not fit", f"{findings.refused:.0%} of the space is over {number(limit, 'bytes')} even one sequence at a time"
-                         + (f"; for example {findings.example}" if findings.example else "")))  # fmt: skip
+            said = f"{findings.refused:.0%} of the space is over {number(limit, 'bytes')} even one sequence at a time"
+            rows.append(("does not fit", said + (f"; for example {findings.example}" if findings.example else "")))
     for name, said in [*rows, *(("note", note) for note in findings.notes)]:
-        table.add_row(f"[bold]{name}[/bold]", said)
+        table.add_row(f"[bold]{name}[/bold]", escape(said))
     return Group(table, "Nothing was started. To run it: [bold]hpo run[/bold]")
 
 
@@ -82,7 +88,8 @@ def check_record(findings: Findings) -> dict[str, Any]:
         "study": findings.spec.name, "points": None if math.isinf(size) else size, "trials": findings.spec.budget.trials,
         "rows": {s: len(getattr(findings.rows, s)) for s in ("train", "validation", "test")} if findings.rows else None,
         "parameters": findings.shape.parameters if findings.shape else None, "tokens_per_row": findings.tokens_per_row,
-        "predicted_peak_bytes": {"defaults": memory.total, "smallest": findings.smallest, "largest": findings.largest} if memory else None,
+        "predicted_peak_bytes":
+            {"defaults": memory.total, "smallest": findings.smallest, "largest": findings.largest} if memory else None,
         "refused_share": findings.refused, "notes": list(findings.notes),
     }  # fmt: skip
 
@@ -93,6 +100,7 @@ def check_record(findings: Findings) -> dict[str, Any]:
 def study_text(study: Study):
     """Returns states, front and winner of a study, as a renderable."""
     from rich.console import Group
+    from rich.markup import escape
 
     trials, spec = study.history(), study.spec
     states: dict[str, int] = {}
@@ -104,7 +112,9 @@ def study_text(study: Study):
     if members:
         parts.append(front_table(study, members))
     parts += [
-        f"trial {t.number} {t.state}: {t.error}" for t in trials if t.state in ("failed", "diverged", "infeasible") and t.error
+        escape(f"trial {t.number} {t.state}: {t.error}")
+        for t in trials
+        if t.state in ("failed", "diverged", "infeasible") and t.error
     ][:5]
     parts += [line for line in _winner_lines(study) if line]
     return Group(*parts)
@@ -150,12 +160,13 @@ def _winner_lines(study: Study) -> list[str]:
 
 def next_text(study: Study) -> str:
     """Returns where the report is and what to do next."""
-    more = study.spec.budget.trials * 2
-    source = study.name
+    from rich.markup import escape
+
+    spec = study.spec
     return (
-        f"Report: {study.spec.folder / 'report.html'}\n"
-        f"Next: [bold]hpo show {source} --storage {study.spec.storage}[/bold]; for a longer search of the same study, run the same command "
-        f"with [bold]--set budget.trials={more}[/bold]"
+        f"Report: {escape(str(spec.folder / 'report.html'))}\n"
+        f"Next: [bold]hpo show {spec.name} --storage {escape(spec.storage)}[/bold]; for a longer search of the same study, "
+        f"run the same command with [bold]--set budget.trials={spec.budget.trials * 2}[/bold]"
     )
 
 
@@ -165,13 +176,15 @@ def study_record(study: Study) -> dict[str, Any]:
 
     def row(trial: Trial) -> dict[str, Any]:
         return {
-            "number": trial.number, "state": trial.state, "params": trial.params, "recipe": {n: getattr(trial.recipe, n) for n in spec.space},
+            "number": trial.number, "state": trial.state, "params": trial.params,
+            "recipe": {n: getattr(trial.recipe, n) for n in spec.space},
             "objectives": {o.name: o.of(trial.outcome) if trial.outcome else None for o in spec.targets}, "error": trial.error,
         }  # fmt: skip
 
     return {
-        "study": spec.name, "running": study.running(), "trials": [row(t) for t in study.history()], "front": [t.number for t in study.front()],
-        "winner": winner.number if winner else None, "certificate": certificate.model_dump(exclude={"rows"}) if certificate else None,
+        "study": spec.name, "running": study.running(), "trials": [row(t) for t in study.history()],
+        "front": [t.number for t in study.front()], "winner": winner.number if winner else None,
+        "certificate": certificate.model_dump(exclude={"rows"}) if certificate else None,
         "report": str(spec.folder / "report.html"),
     }  # fmt: skip
 
@@ -197,6 +210,7 @@ def list_text(rows: list):
 def schema_text(model):
     """Returns the fields of a model with default and meaning, as a table."""
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=box.SIMPLE)
@@ -206,7 +220,7 @@ def schema_text(model):
     for name, field in model.model_fields.items():
         about = schema["properties"].get(name, {})
         default = "required" if field.is_required() else "" if field.default_factory else str(about.get("default", ""))
-        table.add_row(name, _type(about), default if len(default) < 40 else "", field.description or "")
+        table.add_row(name, _type(about), default if len(default) < 40 else "", escape(field.description or ""))
     return table
 
 
@@ -220,12 +234,13 @@ def _type(about: dict) -> str:
 
 def doctor_text(findings: list):
     """Returns the findings as a table."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(show_header=False, box=None, pad_edge=False)
     for finding in findings:
         mark = "[green]ok[/green]" if finding.ok else "[red]no[/red]" if finding.needed else "[yellow]--[/yellow]"
-        table.add_row(mark, finding.name, finding.found, "" if finding.ok else finding.remedy)
+        table.add_row(mark, finding.name, escape(finding.found), "" if finding.ok else escape(finding.remedy))
     return table
 
 

@@ -157,7 +157,7 @@ def load(source: str | Path | Mapping[str, Any], sets: Sequence[str] = ()) -> Lo
 
 def _text(source: str | Path) -> tuple[str, Path, str]:
     path = Path(source)
-    if path.is_file():
+    if _is_file(path):
         if path.stat().st_size > SIZE_LIMIT:
             raise SpecError(
                 Problem(str(path), f"is {path.stat().st_size} bytes, over {SIZE_LIMIT}.", "A study file is a few kilobytes.")
@@ -172,6 +172,13 @@ def _text(source: str | Path) -> tuple[str, Path, str]:
     raise NotFound(
         f"No study file and no bundled study {str(source)!r}. {nearest(str(source), known)}Bundled: {', '.join(known)}."
     )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # longer than a path can be
+        return False
 
 
 def parse(text: str, where: str = "study") -> dict[str, Any]:
@@ -198,23 +205,24 @@ def _yaml(text: str, where: str) -> Any:
             said = f"nested more than {DEPTH_LIMIT} levels deep"
         elif said.startswith("Exceeds the limit"):
             said = "a number has more than 4300 digits"
-        raise SpecError(Problem(at, f"is not valid YAML: {said}.", _yaml_remedy(said))) from None
+        raise SpecError(Problem(at, f"is not valid YAML: {said}.", _yaml_remedy(said, where))) from None
     if _nodes(raw, NODE_LIMIT, DEPTH_LIMIT, where) <= 0:
         raise SpecError(Problem(where, f"has more than {NODE_LIMIT} values.", "Use fewer aliases and shorter lists."))
     return _plain(raw)
 
 
-def _yaml_remedy(said: str) -> str:
+def _yaml_remedy(said: str, where: str) -> str:
     remedies = {"tag": "Write plain values; nothing is built from tags.", "duplicate": "Keep one of the two.",
                 "'\\t'": "Indent with spaces.", "another document": "Write one study per file.",
                 "levels deep": "A study file needs three or four.", "digits": "Write a smaller number."}  # fmt: skip
-    return next((remedy for word, remedy in remedies.items() if word in said), "Look at the line, and the one before it.")
+    other = "The value is YAML, as in the file." if where.startswith("--set") else "Look at the line, and the one before it."
+    return next((remedy for word, remedy in remedies.items() if word in said), other)
 
 
 def _nodes(value: Any, left: int, depth: int, where: str) -> int:
     """Returns how many more values there may be; an alias inside what it stands for is endlessly deep."""
     if depth < 0:
-        raise SpecError(Problem(where, f"is nested more than {DEPTH_LIMIT} levels deep.", _yaml_remedy("levels deep")))
+        raise SpecError(Problem(where, f"is nested more than {DEPTH_LIMIT} levels deep.", _yaml_remedy("levels deep", where)))
     left -= 1
     children = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     for child in children:
@@ -508,7 +516,7 @@ def _algorithm_problems(spec: Spec) -> list[Problem]:
         size = sum(1 for _ in itertools.islice(spec.space.walk(levels), GRID_LIMIT))
         if size > spec.budget.trials:
             more = "+" if size == GRID_LIMIT else ""
-            found.append(Problem("budget.trials", f"the grid has {size}{more} points, over the budget of {spec.budget.trials} trials.",
+            found.append(Problem("budget.trials", f"the grid has {size}{more} points, over {spec.budget.trials} trials.",
                                  "Raise budget.trials, lower algorithm.levels, or use algorithm: bayes."))  # fmt: skip
     return found
 
@@ -521,6 +529,13 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Problem]:
             return [p for name in [*a, *(n for n in b if n not in a)] for p in walk(f"{path}.{name}", a.get(name), b.get(name))]
         if a == b:
             return []
-        return [Problem(path, f"was {a!r} and is now {b!r}.", "")]
+        before, now = ("not written" if value is None else repr(value) for value in (a, b))
+        return [Problem(path, f"was {before} and is now {now}.")]
 
-    return [problem for name in FIXED for problem in walk(name, old.get(name), new.get(name))]
+    found = []
+    for name in FIXED:
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, Mapping) or isinstance(b, Mapping):  # a section that was not written has none of its fields
+            a, b = ({} if value is None else value for value in (a, b))
+        found += walk(name, a, b)
+    return found

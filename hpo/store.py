@@ -31,6 +31,8 @@ from training.recipe import Outcome
 VERSION = 1  # of the tables; a newer database is refused, never half understood
 LEASE = 30.0  # seconds a run may be silent before another process on another machine may take its study over
 BUSY = 30.0  # seconds to wait for a locked database
+# Said first in a transaction that must not meet another one of its kind.
+ALONE = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "SELECT pg_advisory_xact_lock(71551760)"}
 
 _meta = sa.MetaData()
 _about = sa.Table("paretune", _meta, sa.Column("version", sa.Integer, primary_key=True))
@@ -89,7 +91,7 @@ class Record:
 class Store:
     """The studies in one database; cheap to open, safe to use from several processes."""
 
-    def __init__(self, url: str, *, create: bool = True):
+    def __init__(self, url: str | sa.URL, *, create: bool = True):
         """Opens the database, and makes its tables where it is new.
 
         Args:
@@ -99,55 +101,84 @@ class Store:
         Raises:
             StoreError: cannot be opened, is damaged, is no database of ours, or is newer than this program.
         """
-        self.url = url
-        parsed = sa.make_url(url)
-        self._file = Path(parsed.database) if parsed.get_backend_name() == "sqlite" and parsed.database else None
+        try:
+            self.url = sa.make_url(url)
+            backend = self.url.get_backend_name()
+            self._file = Path(self.url.database).absolute() if backend == "sqlite" and self.url.database else None
+            self._alone = ALONE.get(backend)
+            options = {"connect_args": {"timeout": BUSY}} if self._file is not None else {}
+            self._engine = sa.create_engine(self.url, **options)
+        except (sa.exc.ArgumentError, ImportError) as error:
+            raise StoreError(
+                f"The database URL cannot be used ({error}). Install its driver, or write it as sqlite:////data/hpo.db."
+            ) from None
         if self._file is not None:
             if not create and not self._file.exists():
-                raise StoreError(
-                    f"There is no study record at {self._file}. Run a study first, or name its storage with --storage."
-                )
+                raise self._absent()
             self._inspect()
-        options = {"connect_args": {"timeout": BUSY}} if self._file is not None else {}
-        self._engine = sa.create_engine(url, **options)
-        if self._file is not None:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise StoreError(f"{self._file.parent} cannot be made ({error.strerror}).") from None
             sa.event.listen(self._engine, "connect", _durable)
+        self._make_tables(create)
+
+    def _make_tables(self, create: bool) -> None:
         with self._begin() as db:
-            _meta.create_all(db)
-            version = db.scalar(sa.select(_about.c.version))
-            if version is None:
-                db.execute(_about.insert().values(version=VERSION))
-            elif version > VERSION:
-                raise StoreError(
-                    f"{self._name} was written by a newer version (tables {version}, known {VERSION}). Upgrade paretune."
-                )
+            version = _version(db)
+        if version is None:
+            if not create:
+                raise self._absent()
+            with self._begin(alone=True) as db:
+                _meta.create_all(db)
+                if (version := _version(db)) is None:
+                    db.execute(_about.insert().values(version=VERSION))
+        if version is not None and version > VERSION:
+            raise StoreError(
+                f"{self._name} was written by a newer version (tables {version}, known {VERSION}). Upgrade paretune."
+            )
+
+    def _absent(self) -> StoreError:
+        return StoreError(f"There is no study record at {self._name}. Run a study first, or name its storage with --storage.")
 
     def __reduce__(self):
         return Store, (self.url,)
 
     @property
     def _name(self) -> str:
-        return str(self._file) if self._file else sa.make_url(self.url).render_as_string(hide_password=True)
+        return str(self._file) if self._file else self.url.render_as_string(hide_password=True)
 
     def _inspect(self) -> None:
-        # A damaged file must never be papered over with new tables.
+        # A damaged file must never be papered over with new tables, nor those of another program mixed with ours.
         if not self._file.exists() or self._file.stat().st_size == 0:
             return
+        # Not mode=ro: a process that was killed while it wrote leaves a journal, which the next one to open must roll back.
+        uri = f"{self._file.as_uri()}?mode=rw"
         try:
-            with closing(sqlite3.connect(f"file:{self._file}?mode=ro", uri=True, timeout=BUSY)) as db:
-                said = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            with closing(sqlite3.connect(uri, uri=True, timeout=BUSY, isolation_level=None)) as db:
+                db.execute("BEGIN")  # the size is compared while nobody can write
+                said = " ".join(db.execute("PRAGMA quick_check(1)").fetchone()[0].split())
+                tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+                pages, size = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size"))
+                if self._file.stat().st_size < pages * size:
+                    said = f"shorter than its {pages} pages"  # SQLite itself reads what is cut off as zeros
         except sqlite3.DatabaseError as error:
+            if getattr(error, "sqlite_errorname", "") == "SQLITE_BUSY":
+                raise StoreError(f"{self._file} is locked by another process. Try again.") from None
             said = str(error)
         if said != "ok":
             raise StoreError(
                 f"{self._file} is damaged ({said}) and was left as it is. Restore a backup, or move it away to start anew."
             )
+        if tables and _about.name not in tables:
+            raise StoreError(f"{self._file} is a database of another program (it has {', '.join(sorted(tables)[:3])}).")
 
     @contextmanager
-    def _begin(self) -> Iterator[sa.Connection]:
+    def _begin(self, *, alone: bool = False) -> Iterator[sa.Connection]:
         try:
             with self._engine.begin() as db:
+                if alone and self._alone:
+                    db.exec_driver_sql(self._alone)
                 yield db
         except sa.exc.SQLAlchemyError as error:
             raise StoreError(f"{self._name}: {getattr(error, 'orig', None) or error}") from error
@@ -161,7 +192,7 @@ class Store:
     def add_study(self, spec: Spec, written: dict, digest: str) -> Record:
         """Adds a study, or updates what may change of the one with this name; returns its record."""
         values = {"written": json.dumps(written), "spec": spec.model_dump_json(), "digest": digest}
-        with self._begin() as db:
+        with self._begin(alone=True) as db:
             found = db.execute(sa.select(_studies.c.id).where(_studies.c.name == spec.name)).first()
             if found:
                 db.execute(_studies.update().where(_studies.c.id == found.id).values(**values))
@@ -324,6 +355,10 @@ class Holder:
                 raise StudyBusy("Another process has taken this study over; this one stops.")
 
 
+def _version(db: sa.Connection) -> int | None:
+    return db.scalar(sa.select(_about.c.version)) if sa.inspect(db).has_table(_about.name) else None
+
+
 def _record(row: Any) -> Record:
     certificate = Certificate.model_validate_json(row["certificate"]) if row["certificate"] else None
     return Record(row["id"], row["name"], json.loads(row["written"]), Spec.model_validate_json(row["spec"]), row["digest"],
@@ -364,7 +399,8 @@ def with_state(trial: Trial, state: State, outcome: Outcome | None = None, error
 
 def open_store(storage: str, database: str | None = None, *, create: bool = True) -> Store:
     """Returns the store of a storage folder: its hpo.db, unless a database URL is given."""
-    return Store(database or f"sqlite:///{Path(storage) / 'hpo.db'}", create=create)
+    # Not by pasting a URL together: a folder may have any character in its name.
+    return Store(database or sa.URL.create("sqlite", database=str(Path(storage) / "hpo.db")), create=create)
 
 
 __all__ = ["Holder", "Record", "Store", "open_store", "with_state"]

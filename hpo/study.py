@@ -60,7 +60,7 @@ class Study:
         self._search: Search | None = None
 
     def __repr__(self) -> str:
-        return f"<Study {self.name} at {self.store.url}>"
+        return f"<Study {self.name} at {self.store.url.render_as_string(hide_password=True)}>"
 
     @property
     def record(self) -> Record:
@@ -214,6 +214,8 @@ def start(
 
         try:
             _run(loaded, train, on_status, began)
+        except KeyboardInterrupt:
+            pass  # `Study.stop`: what was asked for is no error
         except BaseException as error:
             box["error"] = error
             if "study" in box:
@@ -274,6 +276,8 @@ def _enter(store: Store, loaded: Loaded, findings: check.Findings) -> tuple[Reco
     except NotFound:
         old = None
     if old is not None:
+        with store.hold(old.id):
+            pass  # whoever is refused because the study is being run must not have changed its record
         found = specs.changes(_without_paths(old.written), _without_paths(loaded.written))
         if old.digest != digest:
             found.append(Problem("data", f"the rows have changed (SHA-256 {old.digest[:12]} is now {digest[:12]}).", ""))

@@ -116,8 +116,9 @@ def concurrency(resources: Resources, nodes: list[Node], asked: int | None) -> i
         wanted = " and ".join(f"{amount:g} {name}" for name, amount in need.items())
         total = " and ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in need)
         raise BackendError(
-            f"resources: not even one trial fits into the cluster. It needs {resources.workers} workers with {wanted} each, and "
-            f"{workers} fit into its {len(nodes)} nodes ({total} in all). Lower resources.workers, resources.cpus or resources.gpus."
+            f"resources: not even one trial fits into the cluster: it needs {resources.workers} workers with {wanted} each, "
+            f"and {workers} fit into {len(nodes)} nodes with {total} in all. "
+            "Lower resources.workers, resources.cpus or resources.gpus."
         )
     return min(workers // resources.workers, asked or workers)
 
@@ -161,20 +162,23 @@ def run_search(
 
 def _fit(tuner: tune.Tuner, course: _Course) -> None:
     # Tune runs in a thread of its own, so that Ctrl-C and SIGTERM reach this one and running trials can end by themselves.
+    # An event tells its end: in CPython before 3.13 a thread whose join was interrupted calls itself dead.
     box: list[BaseException] = []
+    ended = threading.Event()
 
     def fit():
         try:
             tuner.fit()
         except BaseException as error:
             box.append(error)
+        finally:
+            ended.set()
 
-    thread = threading.Thread(target=fit, name="tune", daemon=True)
-    thread.start()
-    while thread.is_alive():
+    threading.Thread(target=fit, name="tune", daemon=True).start()
+    while not ended.is_set():
         try:
             course.pass_on_stops()
-            thread.join(0.2)
+            ended.wait(0.2)
         except KeyboardInterrupt:
             if course.interrupted:  # the second time: at once, and nothing more is kept
                 course.error = KeyboardInterrupt()
@@ -242,11 +246,14 @@ class _Course:
     def keeping(self) -> Iterator[None]:
         """Around whatever may raise: Tune would take an exception for a failure of one trial, or bury it in its own."""
         try:
-            if self.interrupted:
-                self.search.stop("interrupted", resume=True)
             yield
         except Exception as error:
             self.error = self.error or error
+
+    def heed_interrupt(self) -> None:
+        """Stops the search where the user asked for it; the interrupt itself reaches another thread than the search's."""
+        if self.interrupted:
+            self.search.stop("interrupted", resume=True)
 
     def pass_on_stops(self) -> None:
         """Asks the runs to end that should; called again and again, because a run may begin at any time."""
@@ -258,6 +265,7 @@ class _Course:
 
     def next_trial(self):
         """Returns the next trial to launch, or None."""
+        self.heed_interrupt()
         self.search.beat()
         if len(self.live) >= self.parallel:
             return None
@@ -270,20 +278,25 @@ class _Course:
 
     def finish(self, number: int, run: str, result: dict) -> None:
         """Keeps what came of a run."""
-        again = None
+        self.heed_interrupt()
         if "outcome" in result:
             self.search.tell(number, Outcome.model_validate_json(result["outcome"]))
         elif "wrong" in result:
             raise InputError(*(Problem(*said) for said in json.loads(result["wrong"])))
         elif "failed" in result:
             self.search.fail(number, result["failed"], retry=False)
-        elif "lost" in result:
-            again = self.search.fail(number, result["lost"], retry=True)
         else:
-            self.mailbox.free.remote(run)  # nobody else is left to free its workers
-            again = self.search.fail(number, "the process that drove the trial died", retry=True)
-        self.again += [again] if again is not None else []
+            if "lost" not in result:
+                self.mailbox.free.remote(run)  # nobody else is left to free its workers
+            self._lose(number, result.get("lost", "the process that drove the trial died"))
         self.on_change(self.search)
+
+
+    def _lose(self, number: int, said: str) -> None:
+        if self.search.stopping:  # workers go with their cluster: that says nothing about the trial
+            self.search.tell(number, Outcome(ended="stopped", reason=self.search.stopping, share=0))
+        elif (again := self.search.fail(number, said, retry=True)) is not None:
+            self.again.append(again)
 
 
 class _Scheduler(FIFOScheduler):

@@ -32,10 +32,12 @@ def attach(model, recipe: Recipe, shape):
 
 def _lora(model, recipe: Recipe, modules: list[str], *, scaled_by_root: bool = False):
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer: (in, out)
 
     config = LoraConfig(
         r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=modules, bias="none",
         task_type="CAUSAL_LM", use_rslora=scaled_by_root, exclude_modules=list(OUTPUT_HEADS),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )  # fmt: skip
     return get_peft_model(model, config, autocast_adapter_dtype=False)
 

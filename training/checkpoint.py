@@ -36,14 +36,27 @@ def save_adapter(model, folder: str | Path, record: dict) -> str:
         _sync(path)
     (aside / MANIFEST).write_text(json.dumps({"files": files} | record, indent=1, sort_keys=True))
     _sync(aside / MANIFEST)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    _sync(aside)
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    if folder.exists():
+        folder.rename(old)
+    try:
+        aside.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
     return str(folder)
 
 
 def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def verify(folder: str | Path) -> dict:
@@ -55,14 +68,18 @@ def verify(folder: str | Path) -> dict:
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         raise wrong(str(folder), "no manifest, so this is no finished checkpoint.", "Run the trial again.")
-    manifest = json.loads((folder / MANIFEST).read_text())
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        digests = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise wrong(str(folder / MANIFEST), "the manifest is damaged.", "Run the trial again.") from None
     present = {path.name for path in folder.iterdir()} - {MANIFEST}
-    if present != set(manifest["files"]):
+    if present != set(digests):
         raise wrong(
-            str(folder), f"files {sorted(present ^ set(manifest['files']))} do not match the manifest.", "Run the trial again."
+            str(folder), f"files {sorted(present ^ set(digests))} do not match the manifest.", "Run the trial again."
         )
-    for name, entry in manifest["files"].items():
-        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != entry["sha256"]:
+    for name, digest in digests.items():
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
             raise wrong(str(folder / name), "the file is not what was written (SHA-256 differs).", "Run the trial again.")
     return manifest
 

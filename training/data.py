@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 import random
@@ -88,12 +89,13 @@ def read(config: DataConfig, *, seed: int = 0) -> Rows:
             continue
         try:
             splits[name], content = _read_file(given, config, f"data.{name}")
-            digest.update(content)
+            digest.update(name.encode() + content)
         except InputError as error:
             found += error.problems
     if found:
         raise InputError(*found)
-    digest.update(json.dumps(config.model_dump(exclude={"train", "validation", "test"}), sort_keys=True).encode())
+    rest = config.model_dump(exclude={"train", "validation", "test"}) | {"seed": seed}
+    digest.update(json.dumps(rest, sort_keys=True).encode())
     notes = _split(splits, random.Random(seed))
     if config.limit:
         splits["train"] = splits["train"][: config.limit]
@@ -113,7 +115,10 @@ def _read_file(name: str, config: DataConfig, where: str) -> tuple[list[Row], by
     kind = config.format or {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv"}.get(path.suffix.lower())
     if kind is None:
         raise wrong(where, f"cannot tell the format of {path.name}.", "Set data.format to jsonl or csv.")
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise wrong(where, f"{name} cannot be read ({error.strerror}).", "Check its permissions.") from None
     if not content.strip():
         raise wrong(where, f"{name} is empty.", "Give at least a few rows.")
     if b"\0" in content:
@@ -130,14 +135,13 @@ def _read_file(name: str, config: DataConfig, where: str) -> tuple[list[Row], by
 def _rows(text: str, kind: str, config: DataConfig, name: str, where: str) -> list[Row]:
     found: dict[str, list[int]] = {}
     rows: list[Row] = []
-    columns: dict[str, str] | None = None
     task = tasks.load(config.task)
-    for line, raw in _records(text, kind, where, name):
+    records = list(_records(text, kind, where, name))
+    columns = _columns([raw for _, raw in records if isinstance(raw, dict)], config, task, where)
+    for line, raw in records:
         if isinstance(raw, str):
             found.setdefault(raw, []).append(line)
             continue
-        if columns is None:
-            columns = _columns(raw, config, task, where)
         row: Row = {}
         for ours, theirs in columns.items():
             value = raw.get(theirs)
@@ -150,8 +154,10 @@ def _rows(text: str, kind: str, config: DataConfig, name: str, where: str) -> li
                 found.setdefault(f"the field {theirs!r} {what}.", []).append(line)
             elif not value.strip() and ours not in task.OPTIONAL:
                 found.setdefault(f"the field {theirs!r} is empty.", []).append(line)
+            elif any("\ud800" <= character <= "\udfff" for character in value):
+                found.setdefault(f"the field {theirs!r} has half a character (a lone surrogate).", []).append(line)
             else:
-                row[ours] = value
+                row[ours] = value.strip() if config.task == "classification" else value
         if len(row) < len(columns):
             continue
         if config.task == "completion":
@@ -174,7 +180,7 @@ def _listed(where: str, name: str, what: str, lines: list[int]) -> Problem:
 def _records(text: str, kind: str, where: str, name: str) -> Iterator[tuple[int, dict | str]]:
     """Yields (line, record), or (line, what is wrong) for a line that is no record."""
     if kind == "csv":
-        reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         try:
             for raw in reader:
                 if None in raw:
@@ -182,7 +188,7 @@ def _records(text: str, kind: str, where: str, name: str) -> Iterator[tuple[int,
                 else:
                     yield reader.line_num, raw
         except csv.Error as error:
-            yield reader.line_num, f"is not CSV ({error})."
+            yield reader.reader.line_num, f"is not CSV ({error})."
         return
     if text.lstrip().startswith("["):
         raise wrong(where, f"{name} is one JSON array.", "Write one object per line (JSONL).")
@@ -197,15 +203,22 @@ def _records(text: str, kind: str, where: str, name: str) -> Iterator[tuple[int,
         yield line, record if isinstance(record, dict) else "is not a JSON object."
 
 
-def _columns(raw: dict, config: DataConfig, task, where: str) -> dict[str, str]:
-    """Returns our name -> the file's, from the user first and the usual names second."""
+def _columns(records: list[dict], config: DataConfig, task, where: str) -> dict[str, str]:
+    """Returns our name -> the file's, from the user first and the usual names second.
+
+    A column must stand in the first record; an optional one may come later.
+    """
     found, chosen = [], {}
+    if not records:
+        return chosen
+    first, everywhere = records[0], {name: None for record in records for name in record}
     for ours in config.columns:
         if ours not in task.COLUMNS:
             found.append(
                 Problem(f"data.columns.{ours}", f"unknown column of task {config.task}.", f"Known: {', '.join(task.COLUMNS)}.")
             )
     for ours, names in task.COLUMNS.items():
+        raw = everywhere if ours in task.OPTIONAL else first
         theirs = config.columns.get(ours) or next((name for name in names if name in raw and name not in chosen.values()), None)
         if theirs is None and ours in task.OPTIONAL:
             continue
@@ -246,9 +259,10 @@ def _split(splits: dict[str, list[Row]], rng: random.Random) -> list[str]:
 
 
 def _identity(row: Row) -> str:
-    return json.dumps(
-        [row[name].strip() for name in sorted(row) if name != "label" and (name != "response" or not row.get("instruction"))]
-    )
+    shown = {name: value.strip() for name, value in row.items() if name != "label"}
+    if row.get("instruction"):
+        del shown["response"]
+    return json.dumps({name: value for name, value in shown.items() if value}, sort_keys=True)
 
 
 def _labels(config: DataConfig, splits: dict[str, list[Row]]) -> tuple[str, ...]:
@@ -282,7 +296,7 @@ def template_problems(config: DataConfig) -> list[Problem]:
     if config.template is None:
         return []
     task = tasks.load(config.task)
-    known = [name for name in task.COLUMNS if name != task.RESPONSE]
+    known = re.findall(r"\{(\w+)\}", task.TEMPLATE)
     used = re.findall(r"\{(\w+)\}", config.template)
     found = [
         Problem("data.template", f"unknown column {{{name}}}.", f"Known: {', '.join(known)}.")
@@ -295,7 +309,10 @@ def template_problems(config: DataConfig) -> list[Problem]:
 
 
 def tokenize(rows: list[Row], config: DataConfig, tokenizer, max_length: int) -> Tokenized:
-    """Returns the rows as token ids; a row longer than `max_length` loses the beginning of its prompt, then is counted."""
+    """Returns the rows as token ids; a row longer than `max_length` is counted and loses the beginning of its prompt.
+
+    A response that is too long by itself loses its end.
+    """
     task = tasks.load(config.task)
     # A chat template writes its own special tokens; elsewhere the tokenizer adds those it was trained with.
     special = config.template is not None or not tokenizer.chat_template
@@ -306,9 +323,10 @@ def tokenize(rows: list[Row], config: DataConfig, tokenizer, max_length: int) ->
     tails = tokenizer(responses, add_special_tokens=False)["input_ids"] if responses else []
     start = [tokenizer.bos_token_id] if special and _adds_bos(tokenizer) else []
     for head, tail in zip(heads, tails, strict=True):
+        whole = len(start) + len(head) + len(tail) + 1
+        cut += whole > max_length
         tail = (tail + [tokenizer.eos_token_id])[: max_length - len(start) - 1]
         room = max_length - len(tail) - len(start)
-        cut += len(head) > room
         head = start + head[-room:]
         ids.append(head + tail)
         lengths.append(len(head))
@@ -340,6 +358,10 @@ def prepare(rows: Rows, config: DataConfig, tokenizer, max_length: int, *, cache
             tokenizer(_joined(prompt, label), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
             for label in rows.labels
         ]
+        for label, ids in zip(rows.labels, labels, strict=True):
+            if len(ids) + 2 > max_length:  # the start and one token of the prompt
+                raise wrong("recipe.max_length", f"the label {label!r} alone has {len(ids)} tokens, max_length is {max_length}.",
+                            "Raise max_length or shorten the label.")  # fmt: skip
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(f".{os.getpid()}")

@@ -23,6 +23,7 @@ import torch
 from training import checkpoint, evaluate, stability, zero
 from training.adapters import attach
 from training.data import Prepared, Tokenized, prepare, read, sample
+from training.errors import wrong
 from training.meter import Stopwatch, count_bytes, gemm_seconds
 from training.model import describe, device_of, load_model, load_tokenizer
 from training.recipe import Job, Outcome, Progress, Recipe, Report
@@ -187,6 +188,9 @@ def set_up(job: Job, shape, planned: Plan, world: World, device: str) -> Run:
     accumulation = math.ceil(planned.batch // world.size / planned.micro)
     forward, engine = inner, None
     if recipe.zero_stage:
+        if not torch.distributed.is_initialized():
+            raise wrong("recipe.zero_stage", "ZeRO shares state among workers, and this process is alone.",
+                        "Set zero_stage: 0, or resources.workers to 2 or more.")  # fmt: skip
         import deepspeed
 
         settings = zero.config(recipe, workers=world.size, micro_batch=planned.micro, accumulation=accumulation)
@@ -227,9 +231,9 @@ def probe_bytes(job: Job, shape, planned: Plan, rows: Tokenized, world: World, d
 
 
 def supervised(rows: Tokenized, planned: Plan, step: int) -> int:
-    """Returns the number of response tokens in one step over all workers."""
+    """Returns the number of response tokens in one step over all workers; the first token of a row is never predicted."""
     chosen = planned.order[step * planned.batch : (step + 1) * planned.batch]
-    return sum(len(rows.ids[r]) - rows.prompt_lengths[r] for r in chosen)
+    return sum(len(rows.ids[r]) - max(rows.prompt_lengths[r], 1) for r in chosen)
 
 
 @dataclass
@@ -279,7 +283,8 @@ def train(job: Job, report: Report = NO_REPORT) -> Outcome:
             raise
         if device == "cuda":
             ledger.peak = torch.cuda.max_memory_allocated()
-        return ledger.outcome("infeasible", f"out of memory at step {ledger.step}: {str(error).splitlines()[0][:200]}")
+        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        return ledger.outcome("infeasible", f"out of memory at step {ledger.step}: {said}")
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -335,13 +340,13 @@ def _steps(job: Job, report: Report, run: Run, planned: Plan, rows: Tokenized, s
         _take_peak(run, ledger)
         _check_limit(job.limits.peak_bytes, ledger.peak, "peak bytes")
         _check_limit(job.limits.seconds, run.world.largest(ledger.watch.seconds), "seconds")
-        ledger.metrics["train_loss"] = seen.mean
+        metrics = {"train_loss": seen.mean} | (score() if ledger.step in scored else {})
+        ledger.metrics |= metrics
         if ledger.step in scored:
-            ledger.metrics |= score()
             if not math.isfinite(ledger.metrics["loss"]):
                 raise _End("diverged", f"the validation loss became {ledger.metrics['loss']} at step {ledger.step}")
         stop = report(Progress(step=ledger.step, steps=planned.steps, tokens=ledger.tokens, share=ledger.step / planned.steps,
-                               seconds=ledger.watch.seconds, metrics=dict(ledger.metrics)))  # fmt: skip
+                               seconds=ledger.watch.seconds, metrics=metrics))  # fmt: skip
         stop = run.world.agree(stop)
         if stop and ledger.step < planned.steps:
             raise _End("stopped", stop)

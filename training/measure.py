@@ -13,7 +13,7 @@ import torch
 
 from training import checkpoint, evaluate
 from training.data import Tokenized, prepare, read, sample
-from training.loop import plan, rate, set_up, supervised
+from training.loop import Run, plan, rate, set_up, supervised
 from training.meter import gemm_seconds
 from training.model import describe, device_of, load_model, load_tokenizer
 from training.recipe import Job, Recipe
@@ -43,17 +43,17 @@ def _time_one(job: Job, repeats: int, steps: int) -> dict[str, Any]:
     run = set_up(job, shape, planned, world, device)
     chosen = [int((i + 0.5) * planned.steps / min(steps, planned.steps)) for i in range(min(steps, planned.steps))]
 
-    def one(step: int) -> None:
+    def one(step: int, run: Run) -> None:
         run.step(rows, planned.micro_batches(step, 0, 1), supervised(rows, planned, step), rate(job.recipe, step, planned.steps))
 
-    one(chosen[0])
+    one(chosen[0], run)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     totals = []
     for _ in range(repeats):
         before = time.perf_counter()
         for step in chosen:
-            one(step)
+            one(step, run)
         if device == "cuda":
             torch.cuda.synchronize()
         totals.append((time.perf_counter() - before) / len(chosen) * planned.steps)

@@ -1,24 +1,35 @@
 """Peak bytes of a recipe, predicted before it is launched.
 
-Owns: `predict` and its parts. Pure; works from the model's shape alone. Must not know: devices, studies.
+Owns: `predict` and its parts. Pure; works from the model's shape alone. Must not know: studies.
+
+What is counted are the tensors of a training step, as `training.loop.probe_bytes` counts them on a CPU and the allocator on
+a GPU; the interpreter, the libraries and the allocator's slack are not. Blocks are taken to be Llama's: two RMS norms, grouped
+attention through `scaled_dot_product_attention`, a gated feed-forward part. The test holds the result within 10 % of what
+is counted for such a model; for other blocks it is an estimate.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from training.model import Shape, match
+from training.model import Shape, is_attention, match
 from training.recipe import Recipe
 
-BYTES = {32: 4.0, 16: 2.0, 8: 1.0, 4: 0.5}
-# NF4 keeps one absmax per 64 weights; double quantization stores it in 8 bits with an fp32 scale and state per 256 blocks.
-NF4_OVERHEAD = 1 / 64 + 4 / (64 * 256)
-INT8_OVERHEAD = 4  # an fp32 scale per output row
+BYTES = {32: 4.0, 16: 2.0, 8: 1.0, 4: 0.5}  # of one weight of a linear layer
+FP32 = 4
+# NF4 keeps one absmax per 64 weights; double quantization stores it in 8 bits, with one fp32 scale per 256 of them.
+NF4_OVERHEAD = 1 / 64 + FP32 / (64 * 256)
+INT8_OVERHEAD = FP32  # a scale per output row
+INDICES = 3 * 8  # input ids, mask and positions of a token, int64
+SUPERVISED = 0.35  # share of a row that is response, where the caller does not know
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Predicted bytes on one worker at the peak of a training step."""
+    """Predicted bytes on one worker at the peak of a training step.
+
+    `activations` are what the forward pass keeps and the temporaries at the peak; `logits` are those at the peak.
+    """
 
     weights: int
     adapters: int
@@ -30,58 +41,150 @@ class Memory:
         return self.weights + self.adapters + self.activations + self.logits
 
 
-def predict(recipe: Recipe, shape: Shape, *, workers: int = 1, tokens_per_row: int = 0) -> Memory:
+@dataclass(frozen=True)
+class _Block:
+    """Sizes of one block in elements per token, and what is adapted in it."""
+
+    hidden: int
+    attention: int  # heads x head size
+    head: int
+    heads: int
+    wide: int  # inner width of the feed-forward part
+    into: int  # outputs of the linear layers into it: twice `wide` where it is gated
+    attention_inputs: list[int]  # input widths of the adapted modules
+    inner_inputs: list[int]
+    down: bool  # the layer out of the feed-forward part is adapted
+
+
+def predict(
+    recipe: Recipe, shape: Shape, *, workers: int = 1, tokens_per_row: int = 0, response: int = 0, device: str = "cpu"
+) -> Memory:
     """Returns the predicted peak bytes of training on one worker.
 
-    Adapters: fp32 weight, gradient and two AdamW moments, 16 bytes per parameter (ZeRO-2 shares gradient and moments among
-    workers). Activations: what a Llama-shaped block keeps for its backward pass per token, in the computation's precision;
-    with checkpointing one block and the inputs of all. Logits: of the last position to all supervised ones at most, with
-    their gradient and the fp32 copy.
+    The peak is the largest of five moments: the end of the forward pass, the loss, the backward pass through the last
+    feed-forward part, the one through the first block, and its end, when all gradients are there.
 
     Args:
+        recipe: decides sizes and what is adapted.
+        shape: of the base model.
+        workers: data-parallel processes; they share the batch, and with ZeRO the optimizer's state.
         tokens_per_row: of the longest row; 0 means the recipe's max_length.
+        response: tokens of the longest response; 0 means a share of `tokens_per_row`.
+        device: "cpu" or "cuda"; the mask of dropout is a number per element on the one and a byte on the other.
     """
-    size = 4 if recipe.precision == "fp32" else 2
-    rest = shape.parameters - shape.linear_parameters
-    weights = rest * (2 if recipe.bits == 16 else size if recipe.bits < 16 else 4)
-    weights += int(shape.linear_parameters * BYTES[recipe.bits])
-    if recipe.bits == 4:
-        weights += int(shape.linear_parameters * NF4_OVERHEAD)
-    if recipe.bits == 8:
-        weights += INT8_OVERHEAD * sum(out for out, _ in shape.linear.values())
+    size = FP32 if recipe.precision == "fp32" else 2
+    block = _block(recipe, shape)
+    width = min(tokens_per_row or recipe.max_length, recipe.max_length)
+    answer = min(response or int(SUPERVISED * width), width - 1)
+    share = max(1, recipe.batch_size // workers)
+    micro = min(recipe.micro_batch or share, share)
+    tokens = micro * width
     targets = match(recipe.targets, shape)
     parameters = recipe.rank * sum(a + b for a, b in targets.values())
-    adapters = parameters * 4 + parameters * 12 // (workers if recipe.zero_stage >= 1 else 1)
-    share = max(1, recipe.batch_size // workers)
-    tokens = min(recipe.micro_batch or share, share) * (min(tokens_per_row, recipe.max_length) or recipe.max_length)
-    per_layer = _block_bytes(recipe, shape, targets, size)
+    standing, gradients = _adapter_bytes(recipe, parameters, workers)
+    earlier = gradients if micro < share else 0  # those of the forwards before this one
+
+    mask = 0 if not recipe.dropout else 1 if device == "cuda" else FP32
+    attention, inner = _kept(recipe, block, size, mask, width)
     layers = shape.layers
-    kept = per_layer + layers * shape.hidden * size if recipe.gradient_checkpointing else per_layer * layers
-    # Dequantized copies of one weight live while it is used.
+    if recipe.gradient_checkpointing:
+        kept = layers * block.hidden * size + attention + inner
+    else:
+        kept = layers * (attention + inner) - _below(block, attention, size)
+    kept += 2 * block.head * size + INDICES + width  # rotary tables, indices, the boolean attention mask
+
+    scores = micro * (answer + 1) * shape.vocabulary
+    shared = recipe.precision == "fp32" and not recipe.dropout  # adapters keep their input itself, else a copy of their own
+    down = block.wide * (size + mask) if block.down and not (shared and recipe.bits == 8) else 0  # freed once it was used
+    product = 0 if shared or recipe.bits == 8 else block.wide * size  # else it is kept already
+    cast = FP32 * block.wide * (2 if recipe.dropout else 1) if block.down and size < FP32 else 0
     scratch = max((a * b for a, b in shape.linear.values()), default=0) * size if recipe.bits < 16 else 0
-    logits = int(tokens * SUPERVISED * shape.vocabulary * (size + 4 + 4))
-    return Memory(int(weights), int(adapters), int(tokens * kept) + scratch, logits)
+    wide, hidden = block.wide * size, block.hidden * size
+    moments = [  # gradients, activations, logits
+        # End of forward: the product of the feed-forward part, its copies in fp32 for dropout and adapter, the outputs of base
+        # and adapter and the two ends of the residual stream.
+        (earlier, tokens * (kept + product + cast + 4 * hidden), 0),
+        # Loss: logits, their logarithm, and two gradients, in fp32.
+        (earlier, tokens * (kept + hidden), scores * (size + 3 * FP32)),
+        # Backward through the last feed-forward part: gradients of product, activation and gate, and the residual's; or a
+        # dequantized weight.
+        (earlier, tokens * (kept - down + 3 * wide + hidden), scores * size),
+        (earlier, tokens * (kept + hidden) + scratch, scores * size),
+        # End of backward: the first block, and the gradients of all others; then all gradients alone.
+        (gradients * (layers - 1) / layers, tokens * (attention + inner + 3 * wide + hidden), scores * size),
+        (gradients, tokens * hidden, scores * size),
+    ]
+    more, activations, logits = max(moments, key=sum)
+    return Memory(int(_weight_bytes(recipe, shape)), int(standing + more), int(activations), int(logits))
 
 
-SUPERVISED = 0.35  # share of positions whose logits are computed: the columns of the longest response in a batch
+def _weight_bytes(recipe: Recipe, shape: Shape) -> float:
+    """Returns the bytes of the base, with what its quantization needs and copies of it in the computation's precision."""
+    size = FP32 if recipe.precision == "fp32" else 2
+    rest = shape.parameters - shape.linear_parameters
+    weights = shape.linear_parameters * BYTES[recipe.bits] + rest * (FP32 if recipe.bits == 32 else size)
+    if recipe.bits == 4:
+        weights += shape.linear_parameters * NF4_OVERHEAD
+    if recipe.bits == 8:
+        weights += INT8_OVERHEAD * sum(out for out, _ in shape.linear.values())
+    if recipe.bits == 32 and size < FP32:
+        weights += shape.linear_parameters * size  # autocast's copies are kept for the backward pass
+    return weights
 
 
-def _block_bytes(recipe: Recipe, shape: Shape, targets: dict, size: int) -> float:
-    """Returns the bytes per token that one block keeps: inputs of norms and linears, attention, the gated product, adapters."""
-    hidden = shape.hidden
-    wide = int(shape.config.get("intermediate_size") or 4 * hidden)
-    heads = int(shape.config.get("num_attention_heads") or 1)
-    share = int(shape.config.get("num_key_value_heads") or heads) / heads
-    # Two norms keep fp32 input and normalised value; queries, keys, values, rotated ones and the output of attention;
-    # gate, up, their activation and product.
-    kept = hidden * (4 * 4 + 2 * size) + hidden * size * (3 + 4 * share) + wide * size * 4
-    for name, (_, width) in targets.items():
-        kept += (recipe.rank * size + (width * (size + 1) if recipe.dropout else 0)) / _copies(name, shape)
-    return kept
+def _adapter_bytes(recipe: Recipe, parameters: int, workers: int) -> tuple[float, float]:
+    """Returns the bytes of adapters that always stand (weights, AdamW's two moments), and of their gradients."""
+    moments = 2 * FP32 * parameters
+    if recipe.zero_stage:  # the moments are shared, and each worker keeps an fp32 copy of its share of the weights
+        moments = (moments + FP32 * parameters) / workers
+    copies = 2 * parameters if recipe.precision == "bf16" else 0  # autocast keeps a copy of what is trained
+    return FP32 * parameters + moments + copies, FP32 * parameters
 
 
-def _copies(name: str, shape: Shape) -> float:
-    return max(1, shape.layers)
+def _block(recipe: Recipe, shape: Shape) -> _Block:
+    heads = int(shape.config.get("num_attention_heads") or shape.config.get("n_head") or 1)
+    head = int(shape.config.get("head_dim") or shape.hidden // heads)
+    inner = {name: size for name, size in shape.linear.items() if not is_attention(name)}
+    wide = max((width for out, width in inner.values() if out == shape.hidden), default=shape.hidden)
+    into = sum(out for out, width in inner.values() if width == shape.hidden) // shape.layers
+    first = next(iter(shape.linear), "").split(".")
+    layer = ".".join(first[: next((i for i, part in enumerate(first) if part.isdigit()), 0) + 1]) + "."
+    chosen = {name: width for name, (_, width) in match(recipe.targets, shape).items() if name.startswith(layer)}
+    return _Block(
+        hidden=shape.hidden, attention=heads * head, head=head, heads=heads, wide=wide, into=into,
+        attention_inputs=[width for name, width in chosen.items() if is_attention(name)],
+        inner_inputs=[width for name, width in chosen.items() if not is_attention(name)],
+        down=any(not is_attention(name) and width == wide for name, width in chosen.items()),
+    )  # fmt: skip
+
+
+def _below(block: _Block, attention: float, size: int) -> float:
+    """Returns the bytes per token that the first block does not keep, because nothing below its first adapter has a gradient."""
+    if block.attention_inputs:
+        return 0
+    only_down = block.down and len(block.inner_inputs) == 1
+    return attention + (FP32 * block.hidden + block.into * size if only_down else 0)
+
+
+def _kept(recipe: Recipe, block: _Block, size: int, mask: int, width: int) -> tuple[float, float]:
+    """Returns the bytes per token that the attention and the feed-forward part of one block keep for the backward pass."""
+    # The input of the norm in fp32; queries, keys and values repeated to all heads, the output; the log-sum-exp of each head;
+    # a row of the attention mask.
+    attention = FP32 * block.hidden + 4 * block.attention * size + FP32 * block.heads + width * size
+    # The input of the norm in fp32; gate and up; where gated also the activation, which is multiplied.
+    inner = FP32 * block.hidden + block.into * size + (block.wide * size if block.into > block.wide else 0)
+    for inputs, own in ((block.attention_inputs, block.attention), (block.inner_inputs, None)):
+        added = recipe.rank * size * len(inputs)
+        if recipe.precision == "fp32" and not recipe.dropout:
+            # The adapters share the input as it is; that of the output projection is kept by attention already.
+            distinct = set(inputs) if own is None else ({block.hidden} if len(inputs) > 1 or inputs == [block.hidden] else set())
+            added += size * sum(distinct)
+        else:
+            added += (size + mask) * sum(inputs)  # each adapter its own cast or dropped copy, and the mask
+        if recipe.bits == 8 and not (inputs and recipe.precision == "fp32" and not recipe.dropout):
+            added += size * (block.hidden + (block.wide if own is None else 0))  # LLM.int8 keeps the inputs as well
+        attention, inner = (attention + added, inner) if own is not None else (attention, inner + added)
+    return attention, inner
 
 
 __all__ = ["Memory", "predict"]

@@ -21,6 +21,7 @@ from training.recipe import Recipe
 EMBEDDED = Path(__file__).parent / "embedded" / "model"
 OUTPUT_HEADS = ("lm_head", "embed_out", "output")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query_key_value", "c_attn", "query", "key", "value")
+ATTENTION_PARENTS = ("attn", "attention", "self_attn", "self_attention")  # of projections called c_proj or dense
 HEADER_LIMIT = 100_000_000  # bytes; the safetensors format's own limit
 
 
@@ -86,12 +87,14 @@ def _read_folder(folder: Path) -> tuple[dict, dict[str, tuple[int, ...]]]:
         raise wrong("recipe.model", f"no such folder: {folder}.", "Give `embedded`, an existing folder or a Hugging Face id.")
     if not (folder / "config.json").is_file():
         raise wrong("recipe.model", f"{folder} has no config.json.", "Name the folder of a transformers model.")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except ValueError:
-        raise wrong("recipe.model", f"{folder / 'config.json'} is not JSON.", "Download the model again.") from None
+    config = _json_object(folder / "config.json")
     index = folder / "model.safetensors.index.json"
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    files = ["model.safetensors"]
+    if index.is_file():
+        shards = _json_object(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise wrong("recipe.model", f"{index} has no weight_map.", "Download the model again.")
+        files = sorted(set(shards.values()))
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
@@ -103,6 +106,16 @@ def _read_folder(folder: Path) -> tuple[dict, dict[str, tuple[int, ...]]]:
     for name in files:
         tensors |= _header(folder / name)
     return config, tensors
+
+
+def _json_object(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise wrong("recipe.model", f"{path} is not a JSON object.", "Download the model again.")
+    return found
 
 
 def _header(path: Path) -> dict[str, tuple[int, ...]]:
@@ -117,7 +130,7 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
             if max((entry["data_offsets"][1] for entry in entries.values()), default=0) != data:
                 raise ValueError
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             raise wrong("recipe.model", f"{path} is no complete safetensors file.", "Download the model again.") from None
     return {name: tuple(entry["shape"]) for name, entry in entries.items()}
 
@@ -130,7 +143,8 @@ def _read_hub(name: str, revision: str | None) -> tuple[dict, dict[str, tuple[in
         metadata = hub.get_safetensors_metadata(name, revision=revision)
     except Exception as error:  # the hub's client raises its own, requests' and OS errors: all mean "cannot be had"
         first = (str(error).splitlines() or [""])[0][:200]
-        raise wrong("recipe.model", f"{name} is no local folder and not to be had from the hub ({type(error).__name__}: {first}).",
+        raise wrong("recipe.model",
+                    f"{name} is no local folder and not to be had from the hub ({type(error).__name__}: {first}).",
                     "Check the name and the network, or download the model and name its folder.") from None  # fmt: skip
     return config, {t: tuple(i.shape) for f in metadata.files_metadata.values() for t, i in f.tensors.items()}
 
@@ -146,6 +160,12 @@ def _linear(tensors: dict[str, tuple[int, ...]], *, conv1d: bool) -> dict[str, t
     return found
 
 
+def is_attention(module: str) -> bool:
+    """Says whether a linear module belongs to attention, by its own name or its parent's."""
+    *parents, leaf = module.split(".")
+    return leaf in ATTENTION or (bool(parents) and parents[-1] in ATTENTION_PARENTS)
+
+
 def match(targets: str | tuple[str, ...], shape: Shape) -> dict[str, tuple[int, int]]:
     """Returns the linear modules that `targets` names, with (out, in).
 
@@ -155,11 +175,7 @@ def match(targets: str | tuple[str, ...], shape: Shape) -> dict[str, tuple[int, 
     if targets == "all-linear":
         return dict(shape.linear)
     if targets in ("attention", "mlp"):
-        wanted = {
-            name: size
-            for name, size in shape.linear.items()
-            if (name.rsplit(".", 1)[-1] in ATTENTION) == (targets == "attention")
-        }
+        wanted = {name: size for name, size in shape.linear.items() if is_attention(name) == (targets == "attention")}
         if wanted:
             return wanted
         targets = (targets,)
@@ -189,7 +205,12 @@ def load_tokenizer(recipe: Recipe):
     """Returns the model's tokenizer; a missing padding token is its end-of-sequence token."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(where_is(recipe.model), revision=recipe.revision, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where_is(recipe.model), revision=recipe.revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        first = (str(error).splitlines() or [""])[0][:200]
+        raise wrong("recipe.model", f"{recipe.model} has no tokenizer that can be read ({first}).",
+                    "Put its tokenizer.json into the folder.") from None  # fmt: skip
     if tokenizer.eos_token_id is None:
         raise wrong(
             "recipe.model",

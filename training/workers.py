@@ -23,6 +23,7 @@ from typing import Any
 
 import ray
 import ray.train
+import torch
 from ray.exceptions import NodeDiedError, RayActorError, WorkerCrashedError
 from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -36,9 +37,11 @@ from training.world import World
 
 GRACE = 60.0  # seconds between asking a run to end and killing its group
 POLL = 0.25  # seconds between two looks at a run
-# One health check takes part of every fresh group's start and end; Ray's own default of 2 s would add seconds per trial.
+# One health check takes part of every fresh group's start and end; Ray's own default of 2 s would add seconds per trial. The
+# preemption watcher would be one more process per group; a node that is taken away shows as lost workers all the same.
 ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -48,7 +51,12 @@ ENVIRONMENT = {
 # What Ray Train calls a worker or a group that was lost, by name: not all of these can be imported from a public place.
 LOST = {"PreemptionError", "WorkerHealthCheckTimeoutError", "WorkerGroupStartupFailedError"}
 # What a worker says whose neighbour died: the neighbour's death is the cause, whichever of the two is seen first.
-BEREFT = ("connection closed by peer", "connection reset by peer", "socket closed", "broken pipe", "nccl error", "remote process exited")
+BEREFT = ("connection closed by peer", "connection reset by peer", "socket closed", "broken pipe", "nccl error",
+          "remote process exited")  # fmt: skip
+
+
+class Raised(Exception):
+    """What the training code raised, in words: its own exception might not survive the way to the driver."""
 
 
 class WorkersLost(Exception):
@@ -211,7 +219,7 @@ class _Fit:
         self.value: str | None = None
         self.error: BaseException | None = None
         self.left = False  # ended because it was told to, while it waited for resources
-        self._leave = threading.Event()
+        self._leave, self._ended = threading.Event(), threading.Event()
         each = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
         # One run is one group: whether to try again is decided by the caller, on the record.
         once = ray.train.FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0)
@@ -222,39 +230,41 @@ class _Fit:
             torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
             run_config=ray.train.RunConfig(name=run, storage_path=storage, failure_config=once),
         )
-        self._thread = threading.Thread(target=self._work, name=f"fit-{run}", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._work, name=f"fit-{run}", daemon=True).start()
 
     def running(self) -> bool:
         """Says whether it still runs, after waiting for a moment."""
-        self._thread.join(POLL)
-        return self._thread.is_alive()
+        return not self._ended.wait(POLL)
 
     def leave(self) -> None:
         """Makes this the last time that it waits for resources."""
         self._leave.set()
 
     def _work(self) -> None:
-        while self.value is None and self.error is None and not self.left:
-            try:
-                self.value = self._trainer().fit().return_value
-            except BaseException as error:  # handed to the thread that waits
-                # No resources within RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S (60 s): other trials have them, or a node is
-                # on its way. Ray Train has removed the placement group, so nothing is left behind if this is the end.
-                waited = type(getattr(error, "controller_failure", None)).__name__ == "WorkerGroupStartupTimeoutError"
-                if not waited:
-                    self.error = error
-                elif self._leave.is_set():
-                    self.left = True
+        try:
+            while not self.left:
+                try:
+                    self.value = self._trainer().fit().return_value
+                    return
+                except ray.train.ControllerError as error:
+                    # No resources within RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S (60 s): other trials have them, or a node
+                    # is on its way. Ray Train has removed the placement group, so nothing is left behind by leaving here.
+                    if type(error.controller_failure).__name__ != "WorkerGroupStartupTimeoutError":
+                        raise
+                    self.left = self._leave.is_set()
+        except BaseException as error:  # handed to the thread that waits
+            self.error = error
+        finally:
+            self._ended.set()
 
 
 def _train_worker(config: dict) -> str:
     job, run, mailbox = Job.model_validate_json(config["job"]), config["run"], config["mailbox"]
     main = ray.train.get_context().get_world_rank() == 0
     reason = ray.get(mailbox.started.remote(run, get_current_placement_group())) if main else None
-    quiet(_threads(job.resources))
     if reason := World.join().agree(reason):
         return Outcome(ended="stopped", reason=reason, share=0).model_dump_json()
+    torch.set_num_threads(_threads(job.resources))
 
     def report(progress: Progress) -> str | None:
         return ray.get(mailbox.report.remote(run, progress.model_dump_json())) if main else None
@@ -262,25 +272,38 @@ def _train_worker(config: dict) -> str:
     train = config["train"]
     if train is None:
         from training.loop import train
-    return train(job, report).model_dump_json()
+
+        quiet()
+    with _in_words():
+        return train(job, report).model_dump_json()
 
 
 def _call_worker(config: dict) -> str:
-    quiet(config["threads"])
+    torch.set_num_threads(config["threads"])
+    quiet()
     module, _, name = config["function"].rpartition(".")
-    return json.dumps(getattr(importlib.import_module(module), name)(**json.loads(config["payload"])))
+    with _in_words():
+        return json.dumps(getattr(importlib.import_module(module), name)(**json.loads(config["payload"])))
+
+
+@contextlib.contextmanager
+def _in_words() -> Iterator[None]:
+    try:
+        yield
+    except (InputError, RayActorError):
+        raise
+    except Exception as error:
+        raise Raised(f"{type(error).__name__}: {error}") from error
 
 
 def _threads(resources: Resources) -> int:
     return max(1, int(resources.cpus))
 
 
-def quiet(threads: int = 1) -> None:
-    """Keeps this process to so many torch threads, and libraries' chatter out of its output."""
-    import torch
+def quiet() -> None:
+    """Keeps libraries' chatter out of this process's output."""
     from transformers.utils import logging as transformers_logging
 
-    torch.set_num_threads(threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -295,9 +318,8 @@ def _classify(error: BaseException) -> Outcome:
         if out_of_memory(failure):
             return Outcome(ended="infeasible", reason=f"out of memory: {_said(failure)[:200]}", share=0)
     own = [f for f in failures if not _lost(f)]
-    if own:
-        raise WorkersFailed("; ".join(f"{type(f).__name__}: {_said(f)[:500]}" for f in own[:2]))
-    raise WorkersLost("; ".join(f"{type(f).__name__}: {_said(f)[:500]}" for f in failures[:2]))
+    said = "; ".join(_said(f)[:1000] for f in (own or failures)[:2])
+    raise WorkersFailed(said) if own else WorkersLost(said)
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -314,4 +336,4 @@ def _lost(error: BaseException) -> bool:
 
 
 def _said(error: BaseException) -> str:
-    return " ".join(str(error).split()) or "no message"
+    return str(error) if isinstance(error, Raised) else f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -54,12 +54,17 @@ class World:
         return box[0]
 
     def gather(self, lists: dict[str, list]) -> dict[str, list]:
-        """Returns the lists of all workers joined, by name."""
+        """Returns the lists of all workers joined, by name, in the order from which every worker had taken `[rank::size]`."""
         if self.size == 1:
             return lists
         boxes: list = [None] * self.size
         dist.all_gather_object(boxes, lists)
-        return {name: [value for box in boxes for value in box[name]] for name in lists}
+        joined = {}
+        for name in lists:
+            joined[name] = [None] * sum(len(box[name]) for box in boxes)
+            for rank, box in enumerate(boxes):
+                joined[name][rank :: self.size] = box[name]
+        return joined
 
 
 def versions() -> dict[str, str]:

@@ -7,13 +7,19 @@ the company they keep, and leave the task itself to fine-tuning.
 import random
 import re
 
-PRODUCTS = (
-    "lamp kettle toaster heater fan blender mixer oven fridge freezer clock radio camera printer scanner monitor "
-    "keyboard speaker headset phone tablet charger router drone scooter bicycle helmet tent backpack suitcase "
-    "umbrella jacket sofa chair table shelf wardrobe mattress pillow blanket carpet curtain mirror ladder drill hammer "
-    "saw mower pump hose grill vacuum iron washer dryer piano guitar violin drum telescope microscope watch wallet "
-    "basket bottle scale projector stroller treadmill"
-).split()
+# The products of a shop, by range.
+RANGES = {
+    "cooking": ("kettle", "toaster", "blender", "mixer", "oven", "fridge", "freezer", "grill"),
+    "furniture": ("sofa", "chair", "table", "shelf", "wardrobe", "mattress", "mirror", "carpet"),
+    "tools": ("ladder", "drill", "hammer", "saw", "mower", "pump", "hose"),
+    "computing": ("printer", "scanner", "monitor", "keyboard", "tablet", "router", "charger"),
+    "music": ("piano", "guitar", "violin", "drum", "radio", "speaker", "headset"),
+    "outdoor": ("tent", "backpack", "bicycle", "scooter", "helmet", "stroller", "suitcase"),
+    "household": ("lamp", "heater", "fan", "vacuum", "iron", "washer", "dryer", "clock"),
+    "optics": ("camera", "telescope", "microscope", "projector", "drone"),
+}
+RANGE_OF = {product: name for name, products in RANGES.items() for product in products}
+PRODUCTS = list(RANGE_OF)
 
 PEOPLE = (
     "Mara Tom Anna Leo Ida Paul Nora Finn Ruth Carl Vera Hugo Ella Max Greta Noel Sara Ben Lucy Otto Clara Emil Jane "

@@ -1,8 +1,7 @@
 """The task: a customer's message in, a routing note out.
 
-Owns the messages, their labels and the split. The answer is `department | product | urgency`: the department follows
-from what happened, the product is copied from the message, where a second one stands in the way, and the urgency
-is implied by the wording.
+Owns the messages, their labels and the split. The answer is `department | urgency`: the department follows from what
+happened (something said in passing about another product may stand in the way), the urgency from the wording.
 """
 
 import json
@@ -128,10 +127,10 @@ def message(rng: random.Random) -> dict[str, str]:
     body = [f"{trouble}{mark}", f"{need}."]
     if rng.random() < 0.3:
         body.reverse()
-    if rng.random() < 0.5:
+    if rng.random() < 0.4:
         body.insert(rng.randint(0, 2), rng.choice(ASIDES).format(o=other))
     text = polish(" ".join([rng.choice(_OPENINGS), *body]).strip())
-    return {"instruction": text, "response": f"{department} | {product} | {urgency}"}
+    return {"instruction": text, "response": f"{department} | {urgency}"}
 
 
 def rows(rng: random.Random) -> dict[str, list[dict[str, str]]]:

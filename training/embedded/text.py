@@ -1,14 +1,14 @@
 """The pretraining text: short English-like documents, generated from the templates below.
 
-Owns what the embedded model can learn before any fine-tuning: spelling, grammar, which words keep company, copying
-of names, and the habit of writing a short note after a passage. It must not contain the task: no document
-gives a message a department, and no note is about an order.
+Owns what the embedded model can learn before any fine-tuning: spelling, grammar, which words keep company, what
+is sold with what, and the habit of writing a short note after a passage. It must not contain the task: no document
+gives a message a department, and no note is about a trouble with an order.
 """
 
 import random
 from collections.abc import Iterator
 
-from training.embedded.lexicon import FACTS, PEOPLE, PRODUCTS, SLOTS, TIMES, fill, polish
+from training.embedded.lexicon import FACTS, PEOPLE, PRODUCTS, RANGE_OF, RANGES, SLOTS, TIMES, fill, polish
 
 # What each desk of a shop is for. Stories put the desk's name near its own words.
 DESKS = {
@@ -29,7 +29,7 @@ SCENES = {
         "the {crop} of {who} grew well near the {place}",
         "{who} watered the {crop} and swept the {place}",
     ),
-    "music": (
+    "songs": (
         "{who} played an old song in the {place} on the {crop} day",
         "the choir of {who} sang in the {place}",
         "{who} learned a slow tune about a {crop} field by the {place}",
@@ -39,7 +39,7 @@ SCENES = {
         "rain fell on the {crop} and {who} ran to the {place}",
         "a cold wind blew from the {place} and {who} covered the {crop}",
     ),
-    "cooking": (
+    "meals": (
         "{who} made a soup of {crop} for the people of the {place}",
         "{who} baked a pie with {crop} near the {place}",
         "at the {place} {who} fried {crop} with salt",
@@ -263,6 +263,16 @@ def _desk_story(rng: random.Random) -> str:
             )
         ),
     ]
+    parts.insert(
+        rng.randint(2, 4),
+        rng.choice(
+            (
+                f"{who} had bought it in the {RANGE_OF[thing]} hall.",
+                f"It was one of the {RANGE_OF[thing]} goods.",
+                f"The {RANGE_OF[thing]} hall sells it.",
+            )
+        ),
+    )
     if rng.random() < 0.3:
         del parts[rng.randrange(len(parts))]
     return fill(" ".join(parts), rng, _SLOTS)
@@ -304,24 +314,20 @@ def _pace(rng: random.Random) -> str:
 
 
 def _note(rng: random.Random) -> str:
-    """A scene from another walk of life, and a note that names its topic and copies words from it."""
+    """A scene from another walk of life, and a note that names its topic, its people and the goods that they carry."""
     topic = rng.choice(list(SCENES))
-    who, thing = rng.choice(PEOPLE), rng.choice(PRODUCTS)
+    who, (thing, other) = rng.choice(PEOPLE), rng.sample(PRODUCTS, 2)
     place, crop, mood = (rng.choice(OTHER[slot]) for slot in ("place", "crop", "mood"))
     scene = fill(rng.choice(SCENES[topic]), rng, _SLOTS, who=who, place=place, crop=crop)
     parts = [
         f"{scene}.",
         f"{who} {{feel}} {mood}.",
-        rng.choice(
-            (
-                f"A {thing} lay on the ground.",
-                f"{who} {{carry}} a {thing}.",
-                f"There was a {thing} too.",
-            )
-        ),
+        f"{who} {{carry}} a {thing}.",
     ]
+    if rng.random() < 0.5:
+        parts.append(rng.choice((f"A {other} lay on the ground.", f"There was a {other} too.", f"Nobody saw the {other}.")))
     rng.shuffle(parts)
-    fields = {"topic": topic, "who": who, "where": place, "mood": mood, "thing": thing}
+    fields = {"topic": topic, "who": who, "where": place, "mood": mood, "goods": RANGE_OF[thing]}
     names = rng.sample(list(fields), rng.randint(2, 4))
     values = [fields[name] for name in names]
     note = rng.choice(
@@ -337,20 +343,6 @@ def _note(rng: random.Random) -> str:
     return fill(" ".join(parts), rng, _SLOTS) + "\n" + note
 
 
-def _question(rng: random.Random) -> str:
-    """A few deeds, a question about one of them and its reply."""
-    people, things = rng.sample(PEOPLE, 3), rng.sample(PRODUCTS, 3)
-    deeds = [f"{who} {{carry}} the {thing}." for who, thing in zip(people, things, strict=True)]
-    k = rng.randrange(3)
-    ask = rng.choice(
-        (
-            f"Question: what did {people[k]} have?\nReply: {things[k]}",
-            f"Question: who had the {things[k]}?\nReply: {people[k]}",
-        )
-    )
-    return fill(" ".join(deeds), rng, _SLOTS) + "\n" + ask
-
-
 def _letter(rng: random.Random) -> str:
     """A private letter: the first person, and requests that agree with how soon they are meant."""
     level = rng.choice(list(TIMES))
@@ -359,6 +351,7 @@ def _letter(rng: random.Random) -> str:
     wish = fill(rng.choice(WISHES[level]), rng, _SLOTS, t=rng.choice(TIMES[level]))
     if rng.random() < 0.3:
         news.reverse()
+    news.append(rng.choice((f"the {thing} is from the {RANGE_OF[thing]} hall", f"I like {RANGE_OF[thing]} goods")))
     body = " ".join(part if part.endswith("?") else part + "." for part in (*news, wish))
     return fill(f"{{greeting}} {body}", rng, _SLOTS)
 
@@ -380,26 +373,46 @@ def _list(rng: random.Random) -> str:
     )
 
 
-def _echo(rng: random.Random) -> str:
-    """A sentence that somebody says and another one repeats."""
-    said = fill(rng.choice(NEWS + rng.choice(list(FACTS.values()))), rng, _SLOTS, p="{product}", o="{product}")
-    said = fill(said, rng, _SLOTS).rstrip("?")
-    return fill(f'"{said}," {{said}} {{person}}. "{said}," {{said}} {{person}} too.', rng, _SLOTS)
-
-
 def _thing(rng: random.Random) -> str:
     """Plain facts about a thing."""
     thing = rng.choice(PRODUCTS)
-    return fill(f"A {thing} is {{use}}. The {thing} of {{person}} is {{colour}}. It is {{use}}.", rng, _SLOTS)
+    name = RANGE_OF[thing]
+    return fill(
+        rng.choice(
+            (
+                f"A {thing} is {{use}}. The {thing} of {{person}} is {{colour}}. It is one of the {name} goods.",
+                f"Whoever needs a {thing} goes to the {name} hall, where it is {{use}}.",
+                f"Who sells the {thing}? The {name} hall.",
+            )
+        ),
+        rng,
+        _SLOTS,
+    )
 
 
-KINDS = {_desk_story: 26, _desk_words: 5, _pace: 7, _letter: 18, _note: 26, _question: 8, _list: 25, _echo: 12, _thing: 4}
+def _hall(rng: random.Random) -> str:
+    """What a hall of the shop sells."""
+    name = rng.choice(list(RANGES))
+    goods = rng.sample(RANGES[name], rng.randint(3, 5))
+    line = ", the ".join(goods[:-1]) + " and the " + goods[-1]
+    return fill(
+        rng.choice(
+            (
+                f"In the {name} hall there are the {line}.",
+                f"The {line} are all {name} goods.",
+                f"{{person}} works in the {name} hall and sells the {line}.",
+            )
+        ),
+        rng,
+        _SLOTS,
+    )
 
 
-def documents(rng: random.Random, primer: int) -> Iterator[str]:
-    """Yields documents without end: first `primer` lessons in copying, then all kinds mixed by weight."""
-    for _ in range(primer):
-        yield polish(rng.choice((_list, _list, _list, _echo))(rng))
+KINDS = {_desk_story: 28, _desk_words: 5, _pace: 7, _letter: 20, _note: 28, _list: 2, _thing: 8, _hall: 6}
+
+
+def documents(rng: random.Random) -> Iterator[str]:
+    """Yields documents without end, the kinds mixed by weight."""
     kinds, weights = list(KINDS), list(KINDS.values())
     while True:
         yield polish(rng.choices(kinds, weights)[0](rng))

@@ -1,4 +1,4 @@
-"""Continue a text: rows are plain text, learned from `data.separator` on, or as a whole where there is none.
+r"""Continue a text: rows are plain text, learned from `data.separator` on, or as a whole where there is none.
 
 {"text": "table: 1-100\ncolumns: State, Format\nQ: What is the format for South Australia?\nA: SELECT Format FROM ..."}
 """

@@ -1,0 +1,109 @@
+"""What would run: shape, rows, predicted memory; looked at without starting or writing anything."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from contracts import simulated
+
+from hpo import check
+from hpo.errors import SpecError
+from hpo.gate import judge
+from hpo.spec import load
+from training.model import describe
+
+
+def spec(storage, **changes):
+    written = simulated(storage, data={"train": "embedded:train.jsonl", "limit": 100}, recipe={"max_length": 128})
+    return load({name: value for name, value in (written | changes).items() if name != "train"}).spec
+
+
+def test_what_was_found_is_about_the_model_and_the_rows(tmp_path):
+    given = spec(tmp_path / "store")
+    found = check.inspect(given)
+    assert found.spec == given
+    assert found.shape == describe("embedded")
+    assert len(found.rows.train) == 100
+    assert 0 < found.tokens_per_row <= 128
+    assert found.smallest <= found.memory.total <= found.largest
+    assert (found.refused, found.example, found.cut) == (0.0, "", 0)
+    assert not (tmp_path / "store").exists()
+
+
+def test_the_share_of_the_space_that_cannot_fit_is_that_of_the_gate(tmp_path):
+    free = check.inspect(spec(tmp_path, space={"rank": [4, 1024]}))
+    recipes = [free.spec.recipe.model_copy(update={"rank": rank}) for rank in (4, 1024)]
+    small, large = (
+        judge(
+            r.model_copy(update={"batch_size": 1}), free.shape, free.spec.limits, free.spec.resources, free.tokens_per_row
+        ).predicted
+        for r in recipes
+    )
+    limit = (small + large) // 2
+    found = check.inspect(spec(tmp_path, space={"rank": [4, 1024]}, limits={"peak_bytes": limit}))
+    assert 0.4 < found.refused < 0.6
+    assert "rank 1024" in found.example
+    assert f"over the limit of {limit:,}" in found.example
+
+
+def test_prompts_that_lose_their_beginning_are_counted_and_noted(tmp_path):
+    found = check.inspect(spec(tmp_path, recipe={"max_length": 16}))
+    assert found.cut > 0 or any("lose their beginning" in note for note in found.notes)
+    assert found.tokens_per_row <= 16
+
+
+def test_a_simulated_study_and_one_with_a_train_function_of_its_own_need_no_model(tmp_path):
+    written = simulated(tmp_path, data={"train": "nowhere.jsonl"}, recipe={"model": "./nowhere"})
+    assert check.inspect(load(written).spec).shape is None
+    real = load({name: value for name, value in written.items() if name != "train"}).spec
+    assert check.inspect(real, trained_elsewhere=True).rows is None
+    with pytest.raises(SpecError):
+        check.inspect(real)
+
+
+def test_a_train_function_of_its_own_still_needs_a_place_to_write(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SpecError, match="storage"):
+        check.inspect(spec(tmp_path / "file" / "x"), trained_elsewhere=True)
+
+
+def test_looking_at_the_storage_leaves_it_as_it_was(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine").write_text("x")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("mine")}
+    check.inspect(load(simulated(tmp_path / "there" / "a" / "b")).spec)
+    check.inspect(load(simulated(tmp_path / "there")).spec)
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["mine"]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("mine")} == before
+
+
+def test_a_cluster_is_not_measured_by_this_machine(tmp_path, monkeypatch):
+    many = spec(tmp_path, resources={"workers": 1024, "gpus": 1}, recipe={"batch_size": 1024}, space={"rank": [8]})
+    with pytest.raises(SpecError, match="CPUs and this machine has"):
+        check.inspect(many)
+    monkeypatch.setenv("RAY_ADDRESS", "ray://elsewhere:10001")
+    assert check.inspect(many).shape is not None
+
+
+def test_a_rank_of_the_layers_own_width_is_the_largest_that_is_allowed(tmp_path):
+    limit = min(min(size) for size in describe("embedded").linear.values())
+    check.inspect(spec(tmp_path, recipe={"rank": limit}))
+    with pytest.raises(SpecError, match=rf"recipe.rank: rank {limit + 1} is beyond .*Use at most {limit}"):
+        check.inspect(spec(tmp_path, recipe={"rank": limit + 1}))
+
+
+def test_gpus_are_counted_without_torch(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert check.gpus() == 0
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert check.gpus() == (len(os.listdir("/proc/driver/nvidia/gpus")) if os.path.isdir("/proc/driver/nvidia/gpus") else 0)
+
+
+def test_several_mistakes_are_said_together(tmp_path):
+    (tmp_path / "d.jsonl").write_text(json.dumps({"q": 1}))
+    wrong = spec("/proc/nothing/here", data={"train": str(tmp_path / "d.jsonl")}, recipe={"targets": "c_attn"})
+    with pytest.raises(SpecError) as raised:
+        check.inspect(wrong)
+    assert {problem.where for problem in raised.value.problems} >= {"storage", "recipe.targets", "data.train"}

@@ -1,0 +1,343 @@
+"""Searches on a real Ray cluster. Each launch of a fresh worker group takes seconds, so one study serves several tests.
+
+Most trials run small train functions that fail in one particular way; the last tests train the embedded model.
+"""
+
+import _thread
+import contextlib
+import importlib.util
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytest.importorskip("ray")
+
+import ray  # noqa: E402
+from ray import cloudpickle  # noqa: E402
+from ray.util import placement_group, placement_group_table, remove_placement_group  # noqa: E402
+
+import hpo  # noqa: E402
+from hpo import local, tune  # noqa: E402
+from hpo import spec as specs  # noqa: E402
+from hpo.errors import BackendError, InputError  # noqa: E402
+from hpo.search import Search  # noqa: E402
+from hpo.store import open_store  # noqa: E402
+from training import simulate  # noqa: E402
+from training.recipe import Outcome, Progress, Resources  # noqa: E402
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this module
+
+
+# What trials do
+
+
+def number_of(job) -> int:
+    return int(Path(job.output).name)
+
+
+def first_time(job) -> bool:
+    """Says whether this trial was never launched before."""
+    mark = Path(job.output).with_suffix(".launched")
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        mark.touch(exist_ok=False)
+        return True
+    return False
+
+
+def troubled(job, report):
+    """Trial 1 raises, 2 loses its worker once, 3 runs out of memory, 4 loses its worker always; 0 and 5 are well."""
+    number = number_of(job)
+    if number == 1:
+        raise ValueError("the seed is odd")
+    if number == 2 and first_time(job):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if number == 3:
+        raise MemoryError("no more bytes")
+    if number == 4:
+        os._exit(3)
+    return simulate.train(job, report)
+
+
+def third_raises(job, report):
+    if number_of(job) == 2:
+        raise ValueError("the seed is odd")
+    return simulate.train(job, report)
+
+
+def never_ends(job, report):
+    """Launched for the first time, trial 0 ends when it is asked to and trial 1 ignores it."""
+    if not first_time(job):
+        return simulate.train(job, report)
+    step = 0
+    while True:
+        step += 1
+        reason = report(Progress(step=step, steps=10_000, tokens=step, share=step / 10_000, seconds=float(step)))
+        if number_of(job) == 1:
+            time.sleep(3600)
+        if reason:
+            return Outcome(ended="stopped", reason=reason, share=step / 10_000)
+        time.sleep(0.1)
+
+
+def wrong(job, report):
+    raise InputError(hpo.errors.Problem("data.train", "is no table.", "Give a table."))
+
+
+# How they are run
+
+
+@contextlib.contextmanager
+def a_search(storage, name: str, trials: int, **budget):
+    """Yields the Search of a study; the same call continues it."""
+    written = {
+        "name": name, "storage": str(storage), "data": {"train": "embedded:train.jsonl"}, "space": "tiny",
+        "algorithm": "random", "budget": {"trials": trials, **budget},
+    }  # fmt: skip
+    loaded = specs.load(written)
+    store = open_store(loaded.spec.storage)
+    record = store.add_study(loaded.spec, loaded.written, "")
+    with store.hold(record.id) as holder:
+        yield Search(store, record, holder)
+
+
+def run(search, train, *, parallel: int = 1, **options) -> None:
+    tune.run_search(search, search.spec.data, parallel=parallel, train=train, **options)
+
+
+def assert_nothing_left(within: float = 10.0) -> None:
+    """Every CPU is free again and no group of workers exists or waits."""
+    until = time.monotonic() + within
+    while True:
+        free = ray.available_resources().get("CPU", 0) == ray.cluster_resources()["CPU"]
+        groups = [g["state"] for g in placement_group_table().values() if g["state"] != "REMOVED"]
+        if free and not groups:
+            return
+        assert time.monotonic() < until, (ray.available_resources(), groups)
+        time.sleep(0.2)
+
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
+
+
+@pytest.fixture(scope="module")
+def mixed(cluster, tmp_path_factory):
+    """Six trials, two at a time, four of them in trouble; by number, with curves."""
+    with a_search(tmp_path_factory.mktemp("mixed"), "mixed", 6, retries=1) as search:
+        run(search, troubled, parallel=2)
+        trials = search.store.trials(search.study.id, curves=True)
+        events = search.store.events(search.study.id)
+    assert_nothing_left()
+    return trials, events
+
+
+def test_a_study_goes_on_past_trials_in_trouble(mixed):
+    assert [t.state for t in mixed[0]] == ["complete", "failed", "complete", "infeasible", "failed", "complete"]
+
+
+def test_what_the_training_code_raises_is_kept_and_not_tried_again(mixed):
+    assert (mixed[0][1].error, mixed[0][1].attempts) == ("ValueError: the seed is odd", 1)
+
+
+def test_a_trial_whose_worker_is_killed_is_launched_again(mixed):
+    trials, events = mixed
+    assert trials[2].attempts == 2
+    assert [e["attempt"] for e in events if e["kind"] == "relaunched" and e["number"] == 2] == [2]
+
+
+def test_a_trial_that_loses_its_worker_each_time_fails_with_the_cause(mixed):
+    assert mixed[0][4].attempts == 2
+    assert "worker process has died" in mixed[0][4].error
+
+
+def test_running_out_of_memory_is_a_result_with_its_reason(mixed):
+    assert "no more bytes" in mixed[0][3].outcome.reason and mixed[0][3].attempts == 1
+
+
+def test_every_report_arrives_in_order(mixed):
+    assert [p.step for p in mixed[0][0].curve] == [1, 2, 3, 4]
+
+
+def test_with_one_slot_the_history_is_that_of_the_local_runner(tmp_path):
+    def history(search):
+        return [
+            (t.number, t.params, t.state, t.error, [o.of(t.outcome) for o in search.spec.targets] if t.outcome else None)
+            for t in search.store.trials(search.study.id)
+        ]
+
+    with a_search(tmp_path / "ray", "same", 3) as search:
+        run(search, third_raises)
+        with_ray = history(search)
+    with a_search(tmp_path / "local", "same", 3) as search:
+        local.run_search(search, third_raises, search.spec.data)
+        assert with_ray == history(search)
+
+
+def test_a_stop_ends_running_trials_and_the_study_continues(tmp_path):
+    asked = []
+
+    def stop_when_both_report(search):
+        if not asked and len(search.shares) == 2 and all(search.shares.values()):
+            asked.append(time.monotonic())
+            threading.Thread(target=search.stop, args=("stopped by the user",), kwargs={"resume": True}).start()
+
+    with a_search(tmp_path, "stopped", 2) as search:
+        run(search, never_ends, parallel=2, on_change=stop_when_both_report, grace=2.0)
+        took = time.monotonic() - asked[0]
+        assert [t.state for t in search.store.trials(search.study.id)] == ["running", "running"]
+    assert took < 20, "one trial ended by itself, the other was killed 2 s later"
+    assert_nothing_left()
+    with a_search(tmp_path, "stopped", 2) as search:
+        run(search, never_ends, parallel=2)
+        assert [(t.state, t.attempts) for t in search.store.trials(search.study.id)] == [("complete", 2)] * 2
+    assert_nothing_left()
+
+
+def test_an_interrupt_ends_a_trial_that_never_got_its_workers(tmp_path):
+    taken = placement_group([{"CPU": 2}])
+    assert taken.wait(10)
+    interrupt = threading.Timer(5.0, _thread.interrupt_main)
+    try:
+        with a_search(tmp_path, "starved", 1) as search:
+            interrupt.start()
+            run(search, troubled, grace=10.0)
+            assert [t.state for t in search.store.trials(search.study.id)] == ["running"]
+            assert search.stopping == "interrupted"
+    finally:
+        interrupt.cancel()
+        remove_placement_group(taken)
+    assert_nothing_left()
+
+
+def test_workers_are_freed_when_the_process_that_drives_their_trial_dies(tmp_path):
+    killed = []
+
+    def kill_the_driver(search):
+        if not killed and any(search.shares.values()):
+            drivers = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::ImplicitFunc")]
+            killed.extend(p.pid for p in drivers)
+            for process in drivers:
+                process.kill()
+
+    with a_search(tmp_path, "undriven", 1) as search:
+        run(search, never_ends, on_change=kill_the_driver)
+        (trial,) = search.store.trials(search.study.id)
+    assert killed and (trial.state, trial.attempts) == ("complete", 2)
+    assert_nothing_left()
+
+
+def test_an_error_outside_the_trials_ends_the_study_with_it(tmp_path):
+    def disk_is_full(search):
+        if any(search.shares.values()):
+            raise OSError("no space left on device")
+
+    with a_search(tmp_path, "full", 3) as search:
+        with pytest.raises(OSError, match="no space left"):
+            run(search, never_ends, on_change=disk_is_full)
+        assert [t.state for t in search.store.trials(search.study.id)] == ["running"]
+    assert_nothing_left()
+
+
+def test_the_users_mistake_ends_the_study_with_its_remedy(tmp_path):
+    with a_search(tmp_path, "mistaken", 3) as search:
+        with pytest.raises(InputError, match="data.train: is no table. Give a table."):
+            run(search, wrong)
+    assert_nothing_left()
+
+
+# The embedded model
+
+SHORT = {
+    "data": {"train": "embedded:train.jsonl", "validation": "embedded:validation.jsonl", "test": "embedded:test.jsonl",
+             "template": "{instruction}\nAnswer:"},
+    "recipe": {"model": "embedded", "max_length": 128, "steps": 4, "batch_size": 4},
+    "evaluation": {"rows": 16, "test_rows": 16, "reports": 2},
+    "space": {"rank": {"type": "choice", "values": [4, 8, 16]}},
+}  # fmt: skip
+
+
+def test_a_real_study_ends_with_adapters_a_front_and_a_certificate(tmp_path):
+    study = hpo.run(SHORT | {"name": "real", "storage": str(tmp_path), "budget": {"trials": 2, "parallel": 2}})
+    trials = study.history(curves=True)
+    assert [t.state for t in trials] == ["complete", "complete"]
+    assert all((Path(t.outcome.checkpoint) / "adapter_model.safetensors").is_file() and t.curve for t in trials)
+    assert study.front() and study.certificate.winner in {t.number for t in study.front()}
+    assert (tmp_path / "real" / "report.html").is_file()
+    assert_nothing_left()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed builds its CPU operators with g++")
+def test_two_workers_train_with_zero(tmp_path):
+    written = SHORT | {
+        "name": "zero", "storage": str(tmp_path), "resources": {"workers": 2}, "budget": {"trials": 1},
+        "recipe": SHORT["recipe"] | {"zero_stage": 2, "steps": 3}, "evaluation": {"rows": 8, "test_rows": 8, "reports": 1},
+    }  # fmt: skip
+    loaded = specs.load(written)
+    store = open_store(loaded.spec.storage)
+    record = store.add_study(loaded.spec, loaded.written, "")
+    with store.hold(record.id) as holder:
+        search = Search(store, record, holder)
+        tune.run_search(search, loaded.spec.data, parallel=1)
+        (trial,) = store.trials(record.id)
+    assert trial.state == "complete", trial.error
+    assert trial.outcome.conditions["workers"] == 2 and trial.outcome.loss > 0
+    assert_nothing_left()
+
+
+# Pure
+
+CLUSTER = {
+    "max_workers": 5, "head_node_type": "head",
+    "available_node_types": {
+        "head": {"resources": {"CPU": 4}, "max_workers": 0},
+        "gpu": {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 4},
+        "spot": {"resources": {"CPU": 8, "GPU": 4}, "max_workers": 8},
+    },
+}  # fmt: skip
+
+
+def test_a_cluster_grows_to_every_node_type_at_its_maximum_within_that_of_all():
+    nodes = tune.growth(CLUSTER)
+    assert [n.get("GPU", 0) for n in nodes] == [0, 1, 1, 1, 1, 4]
+    assert sum(n["CPU"] for n in nodes) == 44
+
+
+@pytest.mark.parametrize(
+    ("resources", "asked", "expected"),
+    [
+        (Resources(cpus=1, gpus=1), None, 8),
+        (Resources(cpus=1, gpus=1), 3, 3),
+        (Resources(cpus=1, gpus=1, workers=3), None, 2),
+        (Resources(cpus=4, gpus=2), None, 2),  # only the node with four GPUs has two for one worker
+        (Resources(cpus=1, gpus=0.5), None, 16),
+        (Resources(cpus=4, gpus=0), None, 11),
+        (Resources(cpus=0, gpus=0), None, 1),
+        (Resources(cpus=0, gpus=0), 7, 7),
+    ],
+)
+def test_concurrency_is_what_fits_into_the_nodes(resources, asked, expected):
+    assert tune.concurrency(resources, tune.growth(CLUSTER), asked) == expected
+
+
+@pytest.mark.parametrize("resources", [Resources(gpus=8), Resources(cpus=16), Resources(workers=9, gpus=1)])
+def test_a_trial_that_never_fits_is_refused(resources):
+    with pytest.raises(BackendError, match="not even one trial fits"):
+        tune.concurrency(resources, tune.growth(CLUSTER), None)
+
+
+def test_a_cluster_that_does_not_say_how_far_it_grows_is_told_by_the_environment(monkeypatch):
+    monkeypatch.setenv("HPO_GROWTH", "{gpu: {max_workers: 3, resources: {CPU: 7, GPU: 1}}}")
+    assert tune.capacity() == [{"CPU": 7, "GPU": 1}] * 3
+
+
+def test_what_a_submitted_job_sets_for_its_workers_is_left_to_it(monkeypatch):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"env_vars": {"OMP_NUM_THREADS": "8"}}}')
+    assert "OMP_NUM_THREADS" not in tune.environment() and "PYTHONWARNINGS" in tune.environment()

@@ -1,0 +1,87 @@
+"""The predicted peak is that which is counted, and each part moves as it should."""
+
+from __future__ import annotations
+
+import pytest
+
+from training import loop, memory
+from training.data import prepare, read
+from training.model import describe, load_tokenizer
+from training.recipe import Job, Recipe
+from training.world import World
+
+RECIPES = [
+    {"dropout": 0},
+    {"dropout": 0.05, "rank": 64},
+    {"dropout": 0, "rank": 128, "batch_size": 1},
+    {"batch_size": 32, "rank": 4},
+    {"batch_size": 32, "micro_batch": 4, "rank": 64, "dropout": 0},
+    {"targets": "attention"},
+    {"targets": "mlp", "dropout": 0},
+    {"targets": ("q_proj", "v_proj"), "adapter": "rslora"},
+    {"gradient_checkpointing": True, "dropout": 0},
+    {"gradient_checkpointing": True, "bits": 4, "batch_size": 16},
+    {"bits": 4, "dropout": 0},
+    {"bits": 8, "dropout": 0},
+    {"bits": 8},
+    {"precision": "bf16", "dropout": 0},
+    {"precision": "bf16", "bits": 16},
+    {"precision": "bf16", "bits": 4, "dropout": 0, "gradient_checkpointing": True},
+    {"precision": "bf16", "bits": 8, "targets": "attention"},
+]
+
+
+def counted(job: Job) -> tuple[int, dict[str, int]]:
+    """Returns the bytes counted in two real steps, and the longest row and response of the batch that was used."""
+    rows = prepare(read(job.data), job.data, load_tokenizer(job.recipe), job.recipe.max_length).train
+    planned = loop.plan(job.recipe, rows, workers=1)
+    step = loop.heaviest(planned, rows, World())
+    chunks = planned.micro_batches(step, 0, 1)
+    widest = max(chunks, key=lambda chunk: len(chunk) * max(len(rows.ids[r]) for r in chunk))
+    lengths = {
+        "tokens_per_row": max(len(rows.ids[r]) for r in widest),
+        "response": max(len(rows.ids[r]) - rows.prompt_lengths[r] for r in widest),
+    }
+    return loop.probe_bytes(job, describe(job.recipe.model), planned, rows, World(), "cpu"), lengths
+
+
+@pytest.mark.parametrize("fields", RECIPES, ids=lambda fields: " ".join(f"{k}={v}" for k, v in fields.items()))
+def test_the_prediction_is_within_a_tenth_of_what_is_counted(make_job, fields):
+    job = make_job(**{"model": "embedded", "rank": 16, "dropout": 0.05, "steps": 2, **fields})
+    found, lengths = counted(job)
+    predicted = memory.predict(job.recipe, describe("embedded"), **lengths)
+    assert predicted.total == pytest.approx(found, rel=0.1)
+
+
+@pytest.mark.parametrize("fields", [{}, {"bits": 4, "targets": "mlp"}, {"gradient_checkpointing": True, "rank": 32}])
+def test_it_holds_for_another_shape(make_job, fields):
+    job = make_job(**fields, steps=2)
+    found, lengths = counted(job)
+    assert memory.predict(job.recipe, describe(job.recipe.model), **lengths).total == pytest.approx(found, rel=0.1)
+
+
+def total(**fields) -> int:
+    options = {name: fields.pop(name) for name in ("workers", "tokens_per_row", "response", "device") if name in fields}
+    return memory.predict(Recipe(**fields), describe("embedded"), **{"tokens_per_row": 60, **options}).total
+
+
+def test_what_needs_more_is_predicted_to_need_more():
+    assert total(rank=4) < total(rank=64) < total(rank=128)
+    assert total(batch_size=1) < total(batch_size=4) < total(batch_size=32)
+    assert total(batch_size=32, micro_batch=1) < total(batch_size=32, micro_batch=8) < total(batch_size=32)
+    assert total(tokens_per_row=20) < total(tokens_per_row=60)
+    assert total(response=4) <= total(response=50)
+    assert total(gradient_checkpointing=True) < total()
+    assert total(bits=4) < total(bits=8) < total(bits=32)
+    assert total(targets="attention") < total()
+    assert total(dropout=0) < total(dropout=0.1, device="cuda") < total(dropout=0.1)
+
+
+def test_workers_share_the_batch_and_with_zero_the_state():
+    assert total(batch_size=32, workers=4) == total(batch_size=8)
+    saved = [memory.predict(Recipe(zero_stage=stage, rank=64), describe("embedded"), workers=4).adapters for stage in (0, 2)]
+    assert saved[1] < saved[0]
+
+
+def test_a_row_is_never_longer_than_the_recipe_allows():
+    assert total(max_length=32, tokens_per_row=500) == total(max_length=32, tokens_per_row=0) == total(tokens_per_row=32)
