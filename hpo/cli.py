@@ -20,6 +20,8 @@ import typer
 
 from hpo.errors import HpoError, InputError, NotFound, StudyBusy
 
+INTERRUPTED = 130
+
 app = typer.Typer(help="Find good hyperparameters for fine-tuning language models.", no_args_is_help=True,
                   pretty_exceptions_enable=False, add_completion=False)  # fmt: skip
 
@@ -42,6 +44,8 @@ def init(
     from hpo.draft import draft
     from hpo.spec import parse
 
+    if out is not None and not out.parent.is_dir():
+        raise typer.BadParameter(f"{out} cannot be written (there is no folder {out.parent}).")
     made = draft(file, model, name=name, folder=out.parent if out else None)
     path = out or Path(f"{parse(made.text)['name']}.yaml")
     if path.exists():
@@ -222,16 +226,13 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     wants_json = "--json" in sys.argv
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        code = stop.exit_code
+        code = app(standalone_mode=False) or 0  # the code of a typer.Exit, which typer makes of Ctrl-C too
     except (InputError, HpoError, typer.TyperException) as error:
         code = _explain(error, wants_json)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    if code == INTERRUPTED:
         _say("Interrupted. The same command continues.")
-        code = 130
-    else:
-        code = 0
     sys.exit(code)
 
 

@@ -288,15 +288,10 @@ class _Course:
         else:
             if "lost" not in result:
                 self.mailbox.free.remote(run)  # nobody else is left to free its workers
-            self._lose(number, result.get("lost", "the process that drove the trial died"))
+            said = result.get("lost", "the process that drove the trial died")
+            if (again := self.search.fail(number, said, retry=True)) is not None:
+                self.again.append(again)
         self.on_change(self.search)
-
-
-    def _lose(self, number: int, said: str) -> None:
-        if self.search.stopping:  # workers go with their cluster: that says nothing about the trial
-            self.search.tell(number, Outcome(ended="stopped", reason=self.search.stopping, share=0))
-        elif (again := self.search.fail(number, said, retry=True)) is not None:
-            self.again.append(again)
 
 
 class _Scheduler(FIFOScheduler):

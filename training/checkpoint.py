@@ -75,9 +75,7 @@ def verify(folder: str | Path) -> dict:
         raise wrong(str(folder / MANIFEST), "the manifest is damaged.", "Run the trial again.") from None
     present = {path.name for path in folder.iterdir()} - {MANIFEST}
     if present != set(digests):
-        raise wrong(
-            str(folder), f"files {sorted(present ^ set(digests))} do not match the manifest.", "Run the trial again."
-        )
+        raise wrong(str(folder), f"files {sorted(present ^ set(digests))} do not match the manifest.", "Run the trial again.")
     for name, digest in digests.items():
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
             raise wrong(str(folder / name), "the file is not what was written (SHA-256 differs).", "Run the trial again.")

@@ -193,7 +193,10 @@ def set_up(job: Job, shape, planned: Plan, world: World, device: str) -> Run:
                         "Set zero_stage: 0, or resources.workers to 2 or more.")  # fmt: skip
         import deepspeed
 
-        settings = zero.config(recipe, workers=world.size, micro_batch=planned.micro, accumulation=accumulation)
+        trainable = sum(p.numel() for p in parameters)
+        settings = zero.config(
+            recipe, workers=world.size, micro_batch=planned.micro, accumulation=accumulation, trainable=trainable
+        )
         engine, optimizer, _, _ = deepspeed.initialize(
             model=inner, optimizer=optimizer, config=settings, dist_init_required=False
         )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from training.model import Shape, is_attention, match
 from training.recipe import Recipe
+from training.zero import BUCKET
 
 BYTES = {32: 4.0, 16: 2.0, 8: 1.0, 4: 0.5}  # of one weight of a linear layer
 FP32 = 4
@@ -133,12 +134,17 @@ def _weight_bytes(recipe: Recipe, shape: Shape) -> float:
 
 
 def _adapter_bytes(recipe: Recipe, parameters: int, workers: int) -> tuple[float, float]:
-    """Returns the bytes of adapters that always stand (weights, AdamW's two moments), and of their gradients."""
-    moments = 2 * FP32 * parameters
+    """Returns the bytes of adapters that always stand (weights, AdamW's two moments, buffers), and of their gradients."""
+    moments, gradients, buffer = 2 * FP32 * parameters, FP32 * parameters, 0
     if recipe.zero_stage:  # the moments are shared, and each worker keeps an fp32 copy of its share of the weights
         moments = (moments + FP32 * parameters) / workers
+        buffer = FP32 * min(BUCKET, parameters)
+    elif workers > 1:  # data-parallel training reduces gradients in buckets of their own
+        buffer = FP32 * parameters
+    if recipe.zero_stage == 2:
+        gradients /= workers
     copies = 2 * parameters if recipe.precision == "bf16" else 0  # autocast keeps a copy of what is trained
-    return FP32 * parameters + moments + copies, FP32 * parameters
+    return FP32 * parameters + moments + copies + buffer, gradients
 
 
 def _block(recipe: Recipe, shape: Shape) -> _Block:

@@ -179,9 +179,10 @@ def run_group(
             killed = True
             ray.get(mailbox.free.remote(run))
         if asked > 2 * grace:
-            break  # nothing of it was left to free; Ray Train gives up by itself what never started
-    look()
-    ray.get(mailbox.forget.remote(run))
+            break  # no workers were there to be killed; should they still come, the mailbox tells them to end
+    else:
+        look()
+        ray.get(mailbox.forget.remote(run))
     if fit.value is not None:
         return Outcome.model_validate_json(fit.value)
     if killed or fit.left:
@@ -275,7 +276,10 @@ def _train_worker(config: dict) -> str:
 
         quiet()
     with _in_words():
-        return train(job, report).model_dump_json()
+        outcome = train(job, report)
+        if not isinstance(outcome, Outcome):
+            raise TypeError(f"the train function must return an Outcome, got {type(outcome).__name__}")
+        return outcome.model_dump_json()
 
 
 def _call_worker(config: dict) -> str:

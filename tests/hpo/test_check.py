@@ -33,8 +33,8 @@ def test_what_was_found_is_about_the_model_and_the_rows(tmp_path):
 
 
 def test_the_share_of_the_space_that_cannot_fit_is_that_of_the_gate(tmp_path):
-    free = check.inspect(spec(tmp_path, space={"rank": [4, 1024]}))
-    recipes = [free.spec.recipe.model_copy(update={"rank": rank}) for rank in (4, 1024)]
+    free = check.inspect(spec(tmp_path, space={"rank": [4, 64]}))
+    recipes = [free.spec.recipe.model_copy(update={"rank": rank}) for rank in (4, 64)]
     small, large = (
         judge(
             r.model_copy(update={"batch_size": 1}), free.shape, free.spec.limits, free.spec.resources, free.tokens_per_row
@@ -42,9 +42,9 @@ def test_the_share_of_the_space_that_cannot_fit_is_that_of_the_gate(tmp_path):
         for r in recipes
     )
     limit = (small + large) // 2
-    found = check.inspect(spec(tmp_path, space={"rank": [4, 1024]}, limits={"peak_bytes": limit}))
+    found = check.inspect(spec(tmp_path, space={"rank": [4, 64]}, limits={"peak_bytes": limit}))
     assert 0.4 < found.refused < 0.6
-    assert "rank 1024" in found.example
+    assert "rank 64" in found.example
     assert f"over the limit of {limit:,}" in found.example
 
 

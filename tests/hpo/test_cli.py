@@ -268,3 +268,10 @@ def test_130_is_that_it_was_interrupted_and_the_same_command_continues(file, tmp
     trials = {trial["number"]: trial for trial in one_object(again.stdout)["trials"]}
     assert sorted(trials) == list(range(max(done) + 2))
     assert all(trials[number]["params"] == trial.params for number, trial in done.items())
+
+
+def test_doctor_ends_with_1_where_something_needed_is_missing(capsys, monkeypatch):
+    monkeypatch.setenv("HPO_STORAGE", "/proc/nothing-can-be-kept-here")
+    code, out, _ = command(capsys, "doctor", "--json")
+    assert code == 1
+    assert one_object(out)["storage"]["ok"] is False

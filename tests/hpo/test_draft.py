@@ -70,6 +70,7 @@ def test_a_drafted_study_really_runs(tmp_path):
 
 def test_paths_are_relative_to_where_the_file_will_lie(tmp_path, monkeypatch):
     (tmp_path / "rows").mkdir()
+    (tmp_path / "studies").mkdir()
     write(tmp_path / "rows" / "a.jsonl", ROWS["classification"])
     monkeypatch.chdir(tmp_path / "rows")
     made = draft("a.jsonl", "embedded", folder=tmp_path / "studies")

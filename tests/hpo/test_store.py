@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import pytest
 import sqlalchemy as sa
@@ -387,16 +387,18 @@ def test_processes_that_make_the_same_new_record_at_once_share_it(url):
 
 
 @contextmanager
-def write_lock(path, seconds: float):
-    """Holds the write lock of a database from now on for so long, in another thread."""
+def write_lock(path, seconds: float, statements: list[str] = ()):
+    """Holds the write lock of a database from now on for so long, in another thread; then commits the statements."""
     locked = threading.Event()
 
     def hold():
-        db = sqlite3.connect(path)
+        db = sqlite3.connect(path, isolation_level=None)
         db.execute("BEGIN IMMEDIATE")
+        for statement in statements:
+            db.execute(statement)
         locked.set()
         time.sleep(seconds)
-        db.rollback()
+        db.execute("COMMIT")
         db.close()
 
     thread = threading.Thread(target=hold)
@@ -404,6 +406,16 @@ def write_lock(path, seconds: float):
     locked.wait()
     yield
     thread.join()
+
+
+def test_a_record_that_another_process_is_making_this_moment_is_waited_for_and_shared(tmp_path):
+    open_store(str(tmp_path / "made")).close()
+    with closing(sqlite3.connect(tmp_path / "made" / "hpo.db")) as db:
+        making = [sql for (sql,) in db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")]
+    with write_lock(tmp_path / "hpo.db", 0.5, [*making, f"INSERT INTO paretune VALUES ({VERSION})"]):
+        store = open_store(str(tmp_path))
+    assert add(store).id == 1
+    store.close()
 
 
 def test_a_locked_database_is_waited_for_and_can_be_read_meanwhile(tmp_path):

@@ -28,7 +28,7 @@ data:
   validation: held_out.jsonl
   test: test.jsonl
   template: "{{instruction}}\\nAnswer:"
-recipe: {{model: embedded, max_length: 128, steps: {steps}, batch_size: 4}}
+recipe: {{model: embedded, max_length: 128, steps: 4, batch_size: 4}}
 evaluation: {{rows: 16, test_rows: 16, reports: 1}}
 space:
   rank: {{type: choice, values: [4, 8, 16]}}
@@ -38,15 +38,14 @@ budget: {{trials: {trials}, parallel: {parallel}}}
 """
 
 
-def write_study(folder: Path, storage: Path, *, trials: int, steps: int = 4, parallel: int = 2, rows: int = 64) -> None:
+def write_study(folder: Path, storage: Path, *, trials: int, parallel: int) -> None:
     """Writes a study and its rows, as a user would have them side by side in a folder."""
     embedded = Path(__file__).parents[2] / "training" / "embedded"
     folder.mkdir(exist_ok=True)
     for name, source in (("rows", "train"), ("held_out", "validation"), ("test", "test")):
         lines = (embedded / f"{source}.jsonl").read_text().splitlines(keepends=True)
-        (folder / f"{name}.jsonl").write_text("".join(lines[:rows]))
-    text = STUDY.format(storage=storage, trials=trials, steps=steps, parallel=parallel)
-    (folder / "study.yaml").write_text(text)
+        (folder / f"{name}.jsonl").write_text("".join(lines[:64]))
+    (folder / "study.yaml").write_text(STUDY.format(storage=storage, trials=trials, parallel=parallel))
 
 
 def free_ports(number: int) -> list[int]:
@@ -130,14 +129,13 @@ def test_a_submitted_job_continues_its_study(head, short):
         urllib.request.urlopen(f"{head}/api/jobs/", timeout=5)
     assert refused.value.code in (401, 403)
 
-    write_study(folder, storage, trials=2)
+    write_study(folder, storage, trials=2, parallel=2)
     submit(head, folder)
     first = trials_of(storage)
     assert [(t.number, t.state) for t in first] == [(0, "complete"), (1, "complete")]
 
-    write_study(folder, storage, trials=3)
-    with (folder / "study.yaml").open("a") as file:
-        file.write("# one more trial\n")
+    study = folder / "study.yaml"
+    study.write_text(study.read_text().replace("trials: 2,", "trials: 3,  # one more\n         "))
     submit(head, folder)
     second = trials_of(storage)
     assert second[:2] == first, "what was finished is untouched"

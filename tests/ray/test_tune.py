@@ -53,7 +53,7 @@ def first_time(job) -> bool:
 
 
 def troubled(job, report):
-    """Trial 1 raises, 2 loses its worker once, 3 runs out of memory, 4 loses its worker always; 0 and 5 are well."""
+    """Trial 1 raises, 2 loses its worker once, 3 runs out of memory, 4 loses its worker always; 0 is well."""
     number = number_of(job)
     if number == 1:
         raise ValueError("the seed is odd")
@@ -129,8 +129,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
 @pytest.fixture(scope="module")
 def mixed(cluster, tmp_path_factory):
-    """Six trials, two at a time, four of them in trouble; by number, with curves."""
-    with a_search(tmp_path_factory.mktemp("mixed"), "mixed", 6, retries=1) as search:
+    """Five trials, two at a time, four of them in trouble: all by number with curves, and the events."""
+    with a_search(tmp_path_factory.mktemp("mixed"), "mixed", 5, retries=1) as search:
         run(search, troubled, parallel=2)
         trials = search.store.trials(search.study.id, curves=True)
         events = search.store.events(search.study.id)
@@ -139,7 +139,7 @@ def mixed(cluster, tmp_path_factory):
 
 
 def test_a_study_goes_on_past_trials_in_trouble(mixed):
-    assert [t.state for t in mixed[0]] == ["complete", "failed", "complete", "infeasible", "failed", "complete"]
+    assert [t.state for t in mixed[0]] == ["complete", "failed", "complete", "infeasible", "failed"]
 
 
 def test_what_the_training_code_raises_is_kept_and_not_tried_again(mixed):

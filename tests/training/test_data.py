@@ -109,10 +109,16 @@ BAD_FILES = [
     (b"[" + b", ".join(GOOD.splitlines()) + b"]", "data.train: {file} is one JSON array."),
     (GOOD + b'"text"\n', "data.train: {file}:13: is not a JSON object."),
     (GOOD + b'{"instruction": "a"}\n', "data.train: {file}:13: the field 'response' is missing."),
-    (GOOD + b'{"instruction": ["a"], "response": "b"}\n', "data.train: {file}:13: the field 'instruction' must be text, got list."),
+    (
+        GOOD + b'{"instruction": ["a"], "response": "b"}\n',
+        "data.train: {file}:13: the field 'instruction' must be text, got list.",
+    ),
     (GOOD + b'{"instruction": "a", "response": true}\n', "data.train: {file}:13: the field 'response' must be text, got bool."),
     (GOOD + b'{"instruction": "a", "response": " "}\n', "data.train: {file}:13: the field 'response' is empty."),
-    (GOOD + b'{"instruction": "\\ud800", "response": "b"}\n', "data.train: {file}:13: the field 'instruction' has half a character"),
+    (
+        GOOD + b'{"instruction": "\\ud800", "response": "b"}\n',
+        "data.train: {file}:13: the field 'instruction' has half a character",
+    ),
     (b'{"a": "x", "b": "y"}\n', "data.train: the first row has no column any of instruction, prompt, question, query, text"),
 ]
 
@@ -229,7 +235,10 @@ def test_splits_are_seeded_and_share_no_content(tmp_path):
     assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
     assert set.union(*parts) == {f"say {i}" for i in range(60)}
     assert len(rows.validation) == 5 and len(rows.test) == 6  # a repeated row is scored once
-    assert rows.notes[:2] == ("test: 6 rows cut from the training rows by seed", "validation: 5 rows cut from the training rows by seed")
+    assert rows.notes[:2] == (
+        "test: 6 rows cut from the training rows by seed",
+        "validation: 5 rows cut from the training rows by seed",
+    )
 
 
 def test_rows_that_stand_in_two_given_files_are_left_out_and_noted(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -24,7 +25,10 @@ def test_models_are_compared_row_by_row(make_job, tmp_path):
                    evaluation=EvaluationConfig(reports=1, test_rows=10))  # fmt: skip
     outcome = loop.train(job)
     recipe = job.recipe.model_dump(mode="json")
-    models = [{"who": "base", "recipe": recipe, "checkpoint": None}, {"who": "tuned", "recipe": recipe, "checkpoint": outcome.checkpoint}]
+    models = [
+        {"who": "base", "recipe": recipe, "checkpoint": None},
+        {"who": "tuned", "recipe": recipe, "checkpoint": outcome.checkpoint},
+    ]
     found = measure.compare(models, job.model_dump(mode="json"), shown=6)
     json.dumps(found)
     base, tuned = found["models"]
@@ -32,7 +36,7 @@ def test_models_are_compared_row_by_row(make_job, tmp_path):
     assert len(base["right"]) == len(tuned["right"]) == 10 and base["tokens"] == tuned["tokens"]
     assert sum(tuned["nll"]) < sum(base["nll"])
     assert len(found["rows"]) == 6 and all(set(row) == {"prompt", "expected", "base", "tuned"} for row in found["rows"])
-    expected = {json.loads(line)["response"] for line in open(job.data.test, encoding="utf-8")}
+    expected = {json.loads(line)["response"] for line in Path(job.data.test).read_text().splitlines()}
     assert all(row["expected"] in expected for row in found["rows"])
     assert found["machine"]["gemm_seconds"] > 0
 
@@ -57,4 +61,6 @@ def test_a_changed_checkpoint_is_not_compared(make_job, tmp_path):
     folder = loop.train(job).checkpoint
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     with pytest.raises(Exception, match="SHA-256 differs"):
-        measure.compare([{"who": "x", "recipe": job.recipe.model_dump(mode="json"), "checkpoint": folder}], job.model_dump(mode="json"))
+        measure.compare(
+            [{"who": "x", "recipe": job.recipe.model_dump(mode="json"), "checkpoint": folder}], job.model_dump(mode="json")
+        )

@@ -72,15 +72,18 @@ def test_what_needs_more_is_predicted_to_need_more():
     assert total(tokens_per_row=20) < total(tokens_per_row=60)
     assert total(response=4) <= total(response=50)
     assert total(gradient_checkpointing=True) < total()
-    assert total(bits=4) < total(bits=8) < total(bits=32)
+    assert total(bits=4) < total(bits=32) and total(bits=4) < total(bits=8)
+    weights = [memory.predict(Recipe(bits=bits, precision="bf16"), describe("embedded")).weights for bits in (4, 8, 16, 32)]
+    assert weights == sorted(weights)
     assert total(targets="attention") < total()
     assert total(dropout=0) < total(dropout=0.1, device="cuda") < total(dropout=0.1)
 
 
 def test_workers_share_the_batch_and_with_zero_the_state():
-    assert total(batch_size=32, workers=4) == total(batch_size=8)
-    saved = [memory.predict(Recipe(zero_stage=stage, rank=64), describe("embedded"), workers=4).adapters for stage in (0, 2)]
-    assert saved[1] < saved[0]
+    parts = [memory.predict(Recipe(batch_size=b, rank=64), describe("embedded"), workers=w) for b, w in ((32, 4), (8, 1))]
+    assert parts[0].activations == parts[1].activations and parts[0].weights == parts[1].weights
+    saved = [memory.predict(Recipe(zero_stage=s, rank=64), describe("embedded"), workers=4).adapters for s in (0, 1, 2)]
+    assert saved == sorted(saved, reverse=True) and saved[1] < saved[0]
 
 
 def test_a_row_is_never_longer_than_the_recipe_allows():

@@ -1,0 +1,164 @@
+"""Two workers, plain and with ZeRO, come to what one worker comes to. One group of two processes runs everything."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from training import loop, memory
+from training.data import prepare, read
+from training.model import describe, load_tokenizer
+from training.recipe import EvaluationConfig, Job, Limits
+from training.world import World
+
+ZERO = importlib.util.find_spec("deepspeed") is not None and shutil.which("g++") is not None
+needs_zero = pytest.mark.skipif(not ZERO, reason="needs deepspeed and g++, with which it builds an operator")
+
+
+def jobs(make_job) -> dict[str, Job]:
+    # Row lengths differ, the batch is cut into forwards of 3 and 1, and the middle report is scored.
+    usual = {"steps": 6, "batch_size": 8, "micro_batch": 3, "evaluation": EvaluationConfig(reports=2, rows=13)}
+    found = {
+        "plain": make_job(**usual),
+        "four bits": make_job(**usual, bits=4),
+        "stopped": make_job(**usual),
+        "limit": make_job(**usual, limits=Limits(seconds=1e-9)),
+        "diverged": make_job(**(usual | {"steps": 40}), model="embedded", learning_rate=1e3, warmup=0),
+    }
+    if ZERO:
+        found |= {f"zero {stage}": make_job(**usual, zero_stage=stage) for stage in (1, 2)}
+    return found
+
+
+def predicted(job: Job, world: World) -> int:
+    """Returns the peak bytes predicted for the row lengths that the probe meets."""
+    rows = prepare(read(job.data), job.data, load_tokenizer(job.recipe), job.recipe.max_length).train
+    planned = loop.plan(job.recipe, rows, workers=world.size)
+    chunks = planned.micro_batches(loop.heaviest(planned, rows, world), world.rank, world.size)
+    widest = max(chunks, key=lambda chunk: len(chunk) * max(len(rows.ids[r]) for r in chunk))
+    return memory.predict(
+        job.recipe, describe(job.recipe.model), workers=world.size,
+        tokens_per_row=max(len(rows.ids[r]) for r in widest),
+        response=max(len(rows.ids[r]) - rows.prompt_lengths[r] for r in widest),
+    ).total  # fmt: skip
+
+
+def work(rank: int, port: int, folder: str) -> None:
+    """Runs every job as one of two workers and writes down what came out."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
+                   "WORLD_SIZE": "2"}  # fmt: skip
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    world = World.join()
+    found: dict = {
+        "collectives": [world.total(rank + 1), world.largest(rank), world.agree(f"worker {rank}"),
+                        world.gather({"rows": list(range(7))[rank::2]})],
+    }  # fmt: skip
+    for name, raw in json.loads((Path(folder) / "jobs.json").read_text()).items():
+        # Only the main worker wants to stop; what the other one says does not count.
+        wish = "by the main worker" if rank == 0 else None if name == "stopped" else "by the other worker"
+        counts = []
+
+        def report(progress, name=name, wish=wish, counts=counts):
+            counts.append(progress.step)
+            return wish if (name == "stopped" or rank == 1) and progress.step >= 3 else None
+
+        job = Job.model_validate(raw)
+        found[name] = loop.train(job, report).model_dump(mode="json")
+        found[name] |= {"reports": counts, "predicted": world.largest(predicted(job, world))}
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def both(make_job, tmp_path_factory) -> list[dict]:
+    """What each of the two workers came to, by job."""
+    folder = tmp_path_factory.mktemp("workers")
+    output = {"plain": str(folder / "adapter")}
+    raw = {name: job.model_dump(mode="json") | {"output": output.get(name)} for name, job in jobs(make_job).items()}
+    (folder / "jobs.json").write_text(json.dumps(raw))
+    torch.multiprocessing.spawn(work, (free_port(), str(folder)), nprocs=2)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def alone(make_job):
+    """The same jobs on one worker."""
+    done: dict = {}
+
+    def outcome(name: str):
+        if name not in done:
+            job = jobs(make_job)[name]
+            done[name] = loop.train(job.model_copy(update={"recipe": job.recipe.model_copy(update={"zero_stage": 0})}))
+        return done[name]
+
+    return outcome
+
+
+CASES = ["plain", "four bits", pytest.param("zero 1", marks=needs_zero), pytest.param("zero 2", marks=needs_zero)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_workers_come_to_what_one_comes_to(both, alone, name):
+    one = alone(name)
+    for found in (worker[name] for worker in both):
+        assert (found["ended"], found["share"], found["tokens"]) == ("complete", 1.0, one.tokens)
+        assert found["loss"] == pytest.approx(one.loss, abs=1e-4)
+        assert found["conditions"]["workers"] == 2 and found["conditions"]["micro_batch"] == 3
+        assert found["conditions"]["right"] == one.conditions["right"]  # row by row, in the rows' own order
+        assert found["trainable"] == one.trainable
+        assert found["reports"][-1] == 6
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_workers_agree_on_what_was_measured(both, name):
+    first, second = both[0][name], both[1][name]
+    assert first["seconds"] == second["seconds"] > 0 and first["peak_bytes"] == second["peak_bytes"] > 0
+    assert first["scores"] == second["scores"] and first["reports"] == second["reports"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_peak_is_predicted_within_a_tenth(both, name):
+    assert both[0][name]["predicted"] == pytest.approx(both[0][name]["peak_bytes"], rel=0.1)
+
+
+def test_only_the_main_worker_writes_the_adapter(both):
+    assert both[0]["plain"]["checkpoint"] is not None and both[1]["plain"]["checkpoint"] is None
+
+
+def test_the_main_worker_decides_when_to_stop_for_all(both):
+    for worker in both:
+        found = worker["stopped"]
+        assert (found["ended"], found["reason"], found["share"]) == ("stopped", "by the main worker", 0.5)
+        assert found["reports"][-1] == 3
+
+
+def test_limits_and_divergence_end_all_workers_alike(both):
+    for worker in both:
+        assert worker["limit"]["ended"] == "infeasible" and "seconds are over" in worker["limit"]["reason"]
+        assert worker["diverged"]["ended"] == "diverged"
+    assert both[0]["diverged"]["reason"] == both[1]["diverged"]["reason"]
+
+
+def test_collectives_are_over_all_workers(both):
+    for worker in both:
+        assert worker["collectives"] == [3, 1, "worker 0", {"rows": list(range(7))}]
+
+
+def test_one_worker_needs_no_group():
+    world = World.join()
+    assert world == World(0, 1)
+    assert (world.total(2.5), world.largest(2.5), world.agree("x"), world.gather({"a": [1]})) == (2.5, 2.5, "x", {"a": [1]})
