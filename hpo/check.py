@@ -160,6 +160,12 @@ def _placed(error: InputError, spec: Spec, field: str, value: object) -> list[Pr
 def _predict(spec: Spec, shape: Shape, rows: Rows) -> Findings:
     tokenized = _tokenized(spec, rows)
     longest = max(len(ids) for ids in tokenized.ids)
+    context = shape.config.get("max_position_embeddings") or shape.config.get("n_positions")
+    if context and longest > context:
+        rule = f"rows of {longest} tokens are beyond the model's context of {context}."
+        raise SpecError(
+            Problem("recipe.max_length", rule, f"Set recipe.max_length: {context}, which cuts the beginning of long prompts.")
+        )
     rng = random.Random(spec.seed)
     totals, refusals, example = [], 0, ""
     for _ in range(SAMPLED):

@@ -162,11 +162,13 @@ def plain(value: Any, log: bool = False) -> str:
 
 
 def setting(view: View, trial: Trial, name: str) -> str:
+    """Returns a trial's value of a varied field as text."""
     log = getattr(view.space[name], "log", False)
     return plain(getattr(trial.recipe, name, trial.params.get(name)), log)
 
 
 def duration(seconds: float) -> str:
+    """Returns seconds in words: s, min or h."""
     minutes = round(seconds / 60)
     if seconds < 100:
         text = f"{seconds:.3g} s"
@@ -176,10 +178,12 @@ def duration(seconds: float) -> str:
 
 
 def points(share: float) -> str:
+    """Returns a share as signed percentage points."""
     return f"{100 * share:+.1f}".replace("-", "−")
 
 
 def counts(trials: Iterable[Trial]) -> str:
+    """Returns how many trials there are in each state, in words."""
     counted = Counter(trial.state for trial in trials)
     return ", ".join(f"{counted[state]} {state}" for state in STATES if counted[state])
 

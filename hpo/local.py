@@ -40,6 +40,7 @@ def run_search(
             raise  # the user's mistake, which every other trial would meet too; or the record's, raised by the report
         except KeyboardInterrupt:
             search.stop("interrupted", resume=True)
+            search.put_back(trial.number)
             raise
         except Exception as error:
             search.fail(trial.number, f"{type(error).__name__}: {error}", retry=False)

@@ -96,8 +96,8 @@ class Search:
         if wrong := _invalid(outcome):
             state, error, outcome = "failed", error or f"the outcome cannot be kept: {wrong}", None
         if state == "stopped" and self.stopping:
-            if self._resume:  # stays as running on the record and is launched again when the study is continued
-                return self._trials[number]
+            if self._resume:
+                return self.put_back(number)
             state = "cancelled"  # ended by us for a reason that says nothing about the point
         return self._finish(with_state(self._trials[number], state, outcome, error))
 
@@ -110,7 +110,8 @@ class Search:
         """
         trial = self._trials[number]
         if retry and self.stopping and self._resume:
-            return None  # Ctrl-C reaches workers too: as in `tell`, it is launched again when the study is continued
+            self.put_back(number)  # Ctrl-C reaches workers too
+            return None
         if retry and not self.stopping and trial.attempts <= self.spec.budget.retries:
             return self._relaunch(trial, error)
         self._finish(with_state(trial, "failed", None, error))
@@ -127,6 +128,17 @@ class Search:
         if not self.stopping:
             self.stopping, self._resume = reason, resume
             self.store.add_event(self.study.id, "stopping", reason=reason)
+
+    def put_back(self, number: int) -> Trial:
+        """Leaves a trial that we ended as running on the record, to be launched again when the study is continued.
+
+        The launch does not count as an attempt: nothing was wrong with the trial.
+        """
+        trial = self._trials[number].model_copy(update={"attempts": self._trials[number].attempts - 1})
+        self.shares.pop(number, None)
+        self._trials[number] = trial
+        self.store.start_trial(self.study.id, trial)
+        return trial
 
     def beat(self) -> None:
         """Says that this process is alive and counts the time spent."""

@@ -247,9 +247,14 @@ def _run(loaded: Loaded, train: Train | None, on_status: OnStatus, began: Callab
 
     tell(phase="checking")
     findings = check.inspect(loaded.spec, trained_elsewhere=train is not None)
+    digest = findings.rows.digest if findings.rows else ""
+    if (study := _finished(loaded, digest)) is not None:
+        began(study)
+        tell(phase="done", finished=loaded.spec.budget.trials)
+        return study
     with _backend(loaded.spec, train, tell) as backend:
         store = open_store(loaded.spec.storage, loaded.spec.database)
-        record, data = _enter(store, loaded, findings)
+        record, data = _enter(store, loaded, digest)
         study = Study(store, record.name)
         with store.hold(record.id) as holder, _terminated_as_interrupted():
             search = Search(store, record, holder, shape=findings.shape, tokens_per_row=findings.tokens_per_row)
@@ -268,9 +273,9 @@ def _run(loaded: Loaded, train: Train | None, on_status: OnStatus, began: Callab
     return study
 
 
-def _enter(store: Store, loaded: Loaded, findings: check.Findings) -> tuple[Record, DataConfig]:
+def _enter(store: Store, loaded: Loaded, digest: str) -> tuple[Record, DataConfig]:
     """Adds the study to the record, or finds it there unchanged; returns it with its own copy of the rows."""
-    spec, digest = loaded.spec, findings.rows.digest if findings.rows else ""
+    spec = loaded.spec
     try:
         old = store.study(spec.name)
     except NotFound:
@@ -278,21 +283,55 @@ def _enter(store: Store, loaded: Loaded, findings: check.Findings) -> tuple[Reco
     if old is not None:
         with store.hold(old.id):
             pass  # whoever is refused because the study is being run must not have changed its record
-        found = specs.changes(_without_paths(old.written), _without_paths(loaded.written))
-        if old.digest != digest:
-            found.append(Problem("data", f"the rows have changed (SHA-256 {old.digest[:12]} is now {digest[:12]}).", ""))
-        if found:
-            hint = Problem(
-                spec.name,
-                "is an existing study, and this may not change on the way.",
-                "Give it another name, or undo the change.",
-            )
-            raise StudyChanged(*found, hint)
-        fixed = {name: getattr(old.spec, name) for name in specs.FIXED if name != "data"}
-        fixed["recipe"] = old.spec.recipe.model_copy(update={"model": spec.recipe.model})
-        spec = spec.model_copy(update=fixed)
+        spec = _continued(old, loaded, digest)
     data = _snapshot(spec, digest) if digest else spec.data
     return store.add_study(spec, loaded.written, digest), data
+
+
+def _continued(old: Record, loaded: Loaded, digest: str) -> Spec:
+    """Returns the Spec to continue with: what may not change from the record, the rest as it is now.
+
+    Raises:
+        StudyChanged: with each difference in what may not change. Writing a default out is no change.
+    """
+    same = {name for name in specs.FIXED if name != "data" and _fixed(old.spec, name) == _fixed(loaded.spec, name)}
+    changed = specs.changes(_without_paths(old.written), _without_paths(loaded.written))
+    found = [p for p in changed if p.where.partition(".")[0] not in same or p.where == "recipe.model"]
+    if old.digest != digest:
+        found.append(Problem("data", f"the rows have changed (SHA-256 {old.digest[:12]} is now {digest[:12]}).", ""))
+    if found:
+        rule = "is an existing study, and this may not change on the way."
+        raise StudyChanged(*found, Problem(loaded.spec.name, rule, "Give it another name, or undo the change."))
+    fixed = {name: getattr(old.spec, name) for name in specs.FIXED if name != "data"}
+    fixed["recipe"] = old.spec.recipe.model_copy(update={"model": loaded.spec.recipe.model})
+    fixed["evaluation"] = old.spec.evaluation.model_copy(update={"batch_size": loaded.spec.evaluation.batch_size})
+    return loaded.spec.model_copy(update=fixed)
+
+
+def _fixed(spec: Spec, name: str) -> Any:
+    # A model's folder may be found elsewhere each time (what was written for it is compared); how many rows are scored at
+    # once changes no score.
+    value, free = getattr(spec, name), {"recipe": {"model"}, "evaluation": {"batch_size"}}.get(name)
+    return value.model_dump(exclude=free) if free else value
+
+
+def _finished(loaded: Loaded, digest: str) -> Study | None:
+    """Returns a study that has nothing left to do, so that asking for it again starts nothing."""
+    spec = loaded.spec
+    if spec.database is None and not (Path(spec.storage) / "hpo.db").exists():
+        return None
+    store = open_store(spec.storage, spec.database)
+    try:
+        record = store.study(spec.name)
+    except NotFound:
+        return None
+    trials = store.trials(record.id)
+    launched = sum(1 for t in trials if t.attempts and t.state != "cancelled")
+    certified = record.certificate is not None and record.certificate.made >= max((t.finished or 0 for t in trials), default=0)
+    if launched < spec.budget.trials or not certified or not all(t.final for t in trials):
+        return None
+    store.add_study(_continued(record, loaded, digest), loaded.written, digest)
+    return Study(store, spec.name)
 
 
 def _without_paths(written: Mapping[str, Any]) -> dict[str, Any]:

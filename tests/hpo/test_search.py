@@ -318,7 +318,7 @@ def test_stopping_to_resume_leaves_running_trials_running_on_the_record(store):
         assert store.trials(search.study.id)[0].state == "running"
         assert [(e["kind"], e["reason"]) for e in store.events(search.study.id)] == [("stopping", "interrupted")]
     with searching(store, simulated("/x")) as search:
-        assert (search.ask().number, search.trials[0].attempts) == (0, 2)
+        assert (search.ask().number, search.trials[0].attempts) == (0, 1)
 
 
 def test_a_worker_that_dies_of_the_interrupt_itself_does_not_fail_its_trial(store):
