@@ -105,7 +105,7 @@ def interval(values: Sequence[float], *, seed: int = 0) -> Interval:
 
 
 def certify(spec: Spec, trials: Sequence[Trial], data: DataConfig, call: Call, *, known: dict[int, Measured],
-            on_phase: Callable[[str], None] = lambda phase: None) -> Certificate | None:  # fmt: skip
+            real: bool = True, on_phase: Callable[[str], None] = lambda phase: None) -> Certificate | None:  # fmt: skip
     """Returns what the study may claim, or None where no trial is complete.
 
     Args:
@@ -113,12 +113,12 @@ def certify(spec: Spec, trials: Sequence[Trial], data: DataConfig, call: Call, *
         data: the study's own copy of the rows.
         call: runs a function of `training.measure` on a worker.
         known: front members timed before.
+        real: whether the trials were trained by our loop; what a simulation or a user's own train function made cannot be
+            loaded, so it is neither timed again nor compared.
         on_phase: is told what is being done.
     """
     if not any(eligible(trial) for trial in trials):
         return None
-    real = spec.train == "loop"
-
     def measure(todo: list[Trial]) -> dict[int, Measured]:
         on_phase(f"timing {len(todo)} of the front alone")
         random.Random(spec.seed).shuffle(todo)  # so that a drift of the machine does not follow the front's order

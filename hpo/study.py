@@ -55,7 +55,7 @@ class Study:
 
     def __init__(self, store: Store, name: str):
         self.store, self.name = store, name
-        self._thread: threading.Thread | None = None
+        self._ended: threading.Event | None = None
         self._error: BaseException | None = None
         self._search: Search | None = None
 
@@ -147,7 +147,7 @@ class Study:
 
     def running(self) -> bool:
         """Says whether a live process runs the study."""
-        return (self._thread is not None and self._thread.is_alive()) or self.store.held(self.record.id)
+        return (self._ended is not None and not self._ended.is_set()) or self.store.held(self.record.id)
 
     def stop(self) -> None:
         """Asks a run that this process started to end; it can be continued later. Returns at once."""
@@ -156,8 +156,8 @@ class Study:
 
     def wait(self, timeout: float | None = None) -> Study:
         """Waits for a run that this process started; raises what ended it, if that was an error. Returns itself."""
-        if self._thread is not None:
-            self._thread.join(timeout)
+        if self._ended is not None:
+            self._ended.wait(timeout)
         if self._error is not None:
             raise self._error
         return self
@@ -205,7 +205,7 @@ def start(
     Raises:
         As `run`, for what is found before the first trial.
     """
-    loaded, ready, box = _loaded(source, sets), threading.Event(), {}
+    loaded, ready, ended, box = _loaded(source, sets), threading.Event(), threading.Event(), {}
 
     def work():
         def began(study: Study) -> None:
@@ -221,6 +221,7 @@ def start(
             if "study" in box:
                 box["study"]._error = error
         finally:
+            ended.set()
             ready.set()
 
     thread = threading.Thread(target=work, name=f"hpo-{loaded.spec.name}", daemon=True)
@@ -228,7 +229,7 @@ def start(
     ready.wait()
     if "study" not in box:
         raise box["error"]
-    box["study"]._thread = thread
+    box["study"]._ended = ended
     return box["study"]
 
 
@@ -361,11 +362,13 @@ def _snapshot(spec: Spec, digest: str) -> DataConfig:
 class _Backend:
     search: Callable[[Search, DataConfig, Callable[[Search], None]], None]
     call: Callable[[str, dict[str, Any]], Any]
+    real: bool
 
 
 @contextlib.contextmanager
 def _backend(spec: Spec, train: Train | None, tell: Callable) -> Iterator[_Backend]:
     """Yields where trials run. With Ray the cluster is joined, and found large enough, before anything is written."""
+    real = train is None and spec.train == "loop"
     if spec.resources.mode == "local" or spec.train == "simulated":
         from training import simulate
 
@@ -373,6 +376,7 @@ def _backend(spec: Spec, train: Train | None, tell: Callable) -> Iterator[_Backe
         yield _Backend(
             lambda search, data, on_change: local.run_search(search, function, data, on_change=on_change),
             lambda name, payload: local.call(name, payload, spec.resources),
+            real,
         )
         return
     tell(phase="starting Ray")
@@ -384,6 +388,7 @@ def _backend(spec: Spec, train: Train | None, tell: Callable) -> Iterator[_Backe
         yield _Backend(
             lambda search, data, on_change: tune.run_search(search, data, parallel=parallel, train=train, on_change=on_change),
             lambda name, payload: tune.call(name, payload, spec.resources, storage=folder),
+            real,
         )
 
 
@@ -420,7 +425,13 @@ def _finish(study: Study, data: DataConfig, backend: _Backend, tell: Callable) -
     last = max((t.finished or 0 for t in trials), default=0)
     if record.certificate is None or record.certificate.made < last:
         made = certify.certify(
-            record.spec, trials, data, backend.call, known=known, on_phase=lambda phase: tell(phase=phase, running={}, left=None)
+            record.spec,
+            trials,
+            data,
+            backend.call,
+            known=known,
+            real=backend.real,
+            on_phase=lambda phase: tell(phase=phase, running={}, left=None),
         )
         study.store.set_certificate(record.id, made)
     tell(phase="writing the report", running={}, left=None)

@@ -340,7 +340,8 @@ class _Searcher(Searcher):
                     course.on_change(course.search)
         if trial is None or course.error is not None:
             return None if course.live else Searcher.FINISHED
-        run = f"{course.search.spec.name}-{trial.number:05d}-{trial.attempts}"
+        # Never the name of an earlier launch: Ray Train would take its folder up where that one left it.
+        run = f"{course.search.spec.name}-{trial.number:05d}-{time.time_ns()}"
         course.live[trial_id] = (trial.number, run)
         return {"run": run, "job": job_of(trial, course.search.spec, course.data).model_dump_json()}
 

@@ -79,11 +79,11 @@ def predict(
     answer = min(response or int(SUPERVISED * width), width - 1)
     share = max(1, recipe.batch_size // workers)
     micro = min(recipe.micro_batch or share, share)
-    tokens = micro * width
     targets = match(recipe.targets, shape)
     parameters = recipe.rank * sum(a + b for a, b in targets.values())
     standing, gradients = _adapter_bytes(recipe, parameters, workers)
-    earlier = gradients if micro < share else 0  # those of the forwards before this one
+    # Sequences of a forward, and the gradients that stand before it: a whole one, and the rest where the batch has one.
+    forwards = [(micro, gradients if share >= 2 * micro else 0), (share % micro, gradients)]
 
     mask = 0 if not recipe.dropout else 1 if device == "cuda" else FP32
     attention, inner = _kept(recipe, block, size, mask, width)
@@ -94,27 +94,29 @@ def predict(
         kept = layers * (attention + inner) - _below(block, attention, size)
     kept += 2 * block.head * size + INDICES + width  # rotary tables, indices, the boolean attention mask
 
-    scores = micro * (answer + 1) * shape.vocabulary
     shared = recipe.precision == "fp32" and not recipe.dropout  # adapters keep their input itself, else a copy of their own
     down = block.wide * (size + mask) if block.down and not (shared and recipe.bits == 8) else 0  # freed once it was used
     product = 0 if shared or recipe.bits == 8 else block.wide * size  # else it is kept already
     cast = FP32 * block.wide * (2 if recipe.dropout else 1) if block.down and size < FP32 else 0
     scratch = max((a * b for a, b in shape.linear.values()), default=0) * size if recipe.bits < 16 else 0
     wide, hidden = block.wide * size, block.hidden * size
-    moments = [  # gradients, activations, logits
-        # End of forward: the product of the feed-forward part, its copies in fp32 for dropout and adapter, the outputs of base
-        # and adapter and the two ends of the residual stream.
-        (earlier, tokens * (kept + product + cast + 4 * hidden), 0),
-        # Loss: logits, their logarithm, and two gradients, in fp32.
-        (earlier, tokens * (kept + hidden), scores * (size + 3 * FP32)),
-        # Backward through the last feed-forward part: gradients of product, activation and gate, and the residual's; or a
-        # dequantized weight.
-        (earlier, tokens * (kept - down + 3 * wide + hidden), scores * size),
-        (earlier, tokens * (kept + hidden) + scratch, scores * size),
-        # End of backward: the first block, and the gradients of all others; then all gradients alone.
-        (gradients * (layers - 1) / layers, tokens * (attention + inner + 3 * wide + hidden), scores * size),
-        (gradients, tokens * hidden, scores * size),
-    ]
+    moments: list[tuple[float, float, float]] = []  # gradients, activations, logits
+    for sequences, earlier in forwards:
+        tokens, scores = sequences * width, sequences * (answer + 1) * shape.vocabulary
+        moments += [
+            # End of forward: the product of the feed-forward part, its copies in fp32 for dropout and adapter, the outputs of
+            # base and adapter and the two ends of the residual stream.
+            (earlier, tokens * (kept + product + cast + 4 * hidden), 0),
+            # Loss: logits, their logarithm, and two gradients, in fp32.
+            (earlier, tokens * (kept + hidden), scores * (size + 3 * FP32)),
+            # Backward through the last feed-forward part: gradients of product, activation and gate, and the residual's; or a
+            # dequantized weight.
+            (earlier, tokens * (kept - down + 3 * wide + hidden), scores * size),
+            (earlier, tokens * (kept + hidden) + scratch, scores * size),
+            # End of backward: the first block, and the gradients of all others; then all gradients alone.
+            (gradients * (layers - 1) / layers, tokens * (attention + inner + 3 * wide + hidden), scores * size),
+            (gradients, tokens * hidden, scores * size),
+        ]
     more, activations, logits = max(moments, key=sum)
     return Memory(int(_weight_bytes(recipe, shape)), int(standing + more), int(activations), int(logits))
 

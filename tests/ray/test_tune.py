@@ -196,7 +196,8 @@ def test_a_stop_ends_running_trials_and_the_study_continues(tmp_path):
     assert_nothing_left()
     with a_search(tmp_path, "stopped", 2) as search:
         run(search, never_ends, parallel=2)
-        assert [(t.state, t.attempts) for t in search.store.trials(search.study.id)] == [("complete", 2)] * 2
+        # What the user stopped is no failed attempt.
+        assert [(t.state, t.attempts) for t in search.store.trials(search.study.id)] == [("complete", 1)] * 2
     assert_nothing_left()
 
 

@@ -16,6 +16,8 @@ RECIPES = [
     {"dropout": 0, "rank": 128, "batch_size": 1},
     {"batch_size": 32, "rank": 4},
     {"batch_size": 32, "micro_batch": 4, "rank": 64, "dropout": 0},
+    {"batch_size": 4, "micro_batch": 3, "rank": 128, "dropout": 0},
+    {"batch_size": 4, "micro_batch": 1, "rank": 128, "dropout": 0},
     {"targets": "attention"},
     {"targets": "mlp", "dropout": 0},
     {"targets": ("q_proj", "v_proj"), "adapter": "rslora"},

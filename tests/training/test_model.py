@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -54,6 +55,17 @@ def test_a_shape_equals_the_real_modules(name, llama, others):
     assert shape.parameters == sum(p.numel() for p in loaded.parameters())
     assert (shape.layers, shape.hidden) == (loaded.config.num_hidden_layers, loaded.config.hidden_size)
     assert shape.vocabulary == loaded.config.vocab_size
+
+
+SHARED = Path(os.environ.get("PARETUNE_SHARED", Path(__file__).parents[3] / "shared" / "data"))
+
+
+def test_a_model_made_by_others_has_the_shape_of_its_modules():
+    folder = SHARED / "models" / "stories260K" / "hf"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there; set PARETUNE_SHARED to a folder with models/stories260K/hf")
+    assert describe(str(folder)).linear == linear_modules(str(folder))
+    assert load_tokenizer(Recipe(model=str(folder))).pad_token_id is not None
 
 
 def test_a_sharded_model_has_the_shape_of_the_whole(llama, tmp_path):

@@ -25,7 +25,7 @@ needs_zero = pytest.mark.skipif(not ZERO, reason="needs deepspeed and g++, with 
 
 def jobs(make_job) -> dict[str, Job]:
     # Row lengths differ, the batch is cut into forwards of 3 and 1, and the middle report is scored.
-    usual = {"steps": 6, "batch_size": 8, "micro_batch": 3, "evaluation": EvaluationConfig(reports=2, rows=13)}
+    usual = {"steps": 6, "rank": 64, "batch_size": 8, "micro_batch": 3, "evaluation": EvaluationConfig(reports=2, rows=13)}
     found = {
         "plain": make_job(**usual),
         "four bits": make_job(**usual, bits=4),
