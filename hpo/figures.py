@@ -256,7 +256,7 @@ def _front(view: View, x: Axis, y: Axis):
             figure.add_trace(dots([trial], f"{role} (trial {trial.number})", marker=marker))
     for side, axis in ((0, x), (1, y)):
         values = [point[side] for point in place.values()]
-        log = min(values) > 0 and max(values) / min(values) > 30
+        log = axis.objective.name != "accuracy" and min(values) > 0 and max(values) / min(values) > 30
         update = figure.update_yaxes if side else figure.update_xaxes
         update(title=escape(axis.label), type="log" if log else "linear", zeroline=False)
     return figure

@@ -44,6 +44,8 @@ class Search:
         self.store, self.study, self.spec, self.holder = store, record, record.spec, holder
         self.stopping: str | None = None
         self._resume = False
+        self.interrupted = False  # set from a signal handler, which may do no more than that
+        self.closed = False
         self.shares: dict[int, float] = {}  # of the running trials: how much of its own length each has done
         self._shape, self._tokens_per_row, self._clock = shape, tokens_per_row, clock
         self._began = self._counted = clock()
@@ -141,7 +143,9 @@ class Search:
         return trial
 
     def beat(self) -> None:
-        """Says that this process is alive and counts the time spent."""
+        """Says that this process is alive, counts the time spent, and heeds an interruption."""
+        if self.interrupted:
+            self.stop("interrupted", resume=True)
         now = self._clock()
         if now - self._counted > 5:
             self.holder.beat()
@@ -152,6 +156,7 @@ class Search:
 
     def close(self) -> None:
         """Counts the last seconds."""
+        self.closed = True
         self.store.add_spent(self.study.id, self._clock() - self._counted)
         self._counted = self._clock()
 

@@ -257,17 +257,18 @@ def _run(loaded: Loaded, train: Train | None, on_status: OnStatus, began: Callab
         store = open_store(loaded.spec.storage, loaded.spec.database)
         record, data = _enter(store, loaded, digest)
         study = Study(store, record.name)
-        with store.hold(record.id) as holder, _terminated_as_interrupted():
+        with store.hold(record.id) as holder:
             search = Search(store, record, holder, shape=findings.shape, tokens_per_row=findings.tokens_per_row)
             study._search = search
             began(study)
             tell(phase="training", trials=record.spec.budget.trials)
-            try:
-                backend.search(search, data, lambda search: tell(**_progress(search, since)))
-            finally:
-                search.close()
-            if search.stopping is None or not search._resume:
-                _finish(study, data, backend, tell)
+            with _signals_end(search):
+                try:
+                    backend.search(search, data, lambda search: tell(**_progress(search, since)))
+                finally:
+                    search.close()
+                if search.stopping is None or not search._resume:
+                    _finish(study, data, backend, tell)
     tell(phase="done")
     if search.stopping and search._resume:
         raise KeyboardInterrupt(search.stopping)
@@ -439,20 +440,27 @@ def _finish(study: Study, data: DataConfig, backend: _Backend, tell: Callable) -
 
 
 @contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does, so that running trials can end by themselves."""
+def _signals_end(search: Search) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end a search at its next report; a second one, or one after the search, at once.
+
+    An exception raised from a handler can be lost where Python is when it arrives (in a destructor, in a library's callback),
+    and with it the signal; a flag cannot.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def interrupt(number, frame):
-        raise KeyboardInterrupt
+        if search.interrupted or search.closed:
+            raise KeyboardInterrupt
+        search.interrupted = True
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 __all__ = ["InputError", "SpecError", "Status", "StoreError", "Study", "open_study", "open_the_store", "run", "start"]

@@ -177,6 +177,7 @@ def _fit(tuner: tune.Tuner, course: _Course) -> None:
     threading.Thread(target=fit, name="tune", daemon=True).start()
     while not ended.is_set():
         try:
+            course.interrupted = course.interrupted or course.search.interrupted
             course.pass_on_stops()
             ended.wait(0.2)
         except KeyboardInterrupt:
