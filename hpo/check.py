@@ -181,7 +181,13 @@ def _predict(spec: Spec, shape: Shape, rows: Rows) -> Findings:
         )
     return Findings(
         spec=spec, shape=shape, rows=rows, tokens_per_row=longest, cut=tokenized.cut,
-        memory=memory.predict(spec.recipe, shape, workers=spec.resources.workers, tokens_per_row=longest),
+        memory=memory.predict(
+            spec.recipe,
+            shape,
+            workers=spec.resources.workers,
+            tokens_per_row=longest,
+            device="cuda" if spec.resources.gpus else "cpu",
+        ),
         smallest=min(totals, default=None), largest=max(totals, default=None), refused=refusals / SAMPLED, example=example,
         notes=tuple(notes),
     )  # fmt: skip

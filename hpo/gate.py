@@ -34,12 +34,13 @@ def judge(recipe: Recipe, shape: Shape | None, limits: Limits, resources: Resour
     """
     if shape is None:
         return Verdict(recipe, None)
+    device = "cuda" if resources.gpus else "cpu"
     share = max(1, recipe.batch_size // resources.workers)
     micro = min(recipe.micro_batch or share, share)
     while True:
         cut = recipe if micro == share else recipe.model_copy(update={"micro_batch": micro})
         try:
-            predicted = memory.predict(cut, shape, workers=resources.workers, tokens_per_row=tokens_per_row).total
+            predicted = memory.predict(cut, shape, workers=resources.workers, tokens_per_row=tokens_per_row, device=device).total
         except InputError as error:
             return Verdict(cut, None, str(error))
         if limits.peak_bytes is None or predicted <= limits.peak_bytes:

@@ -97,9 +97,10 @@ def read(config: DataConfig, *, seed: int = 0) -> Rows:
     rest = config.model_dump(exclude={"train", "validation", "test"}) | {"seed": seed}
     digest.update(json.dumps(rest, sort_keys=True).encode())
     notes = _split(splits, random.Random(seed))
-    if config.limit:
-        splits["train"] = splits["train"][: config.limit]
     labels = _labels(config, splits) if config.task == "classification" else ()
+    if config.limit and config.limit < len(splits["train"]):  # a seeded choice, because files are often sorted by label
+        chosen = sorted(random.Random(seed).sample(range(len(splits["train"])), config.limit))
+        splits["train"] = [splits["train"][i] for i in chosen]
     for name, rows in splits.items():
         if not rows:
             raise wrong(f"data.{name}", "no row is left.", "Give more rows, or a file of its own for this split.")
@@ -277,10 +278,15 @@ def _labels(config: DataConfig, splits: dict[str, list[Row]]) -> tuple[str, ...]
     return labels
 
 
+def _chats(config: DataConfig, tokenizer) -> bool:
+    # Plain text that is continued is no conversation.
+    return config.template is None and config.task != "completion" and tokenizer is not None and bool(tokenizer.chat_template)
+
+
 def prompt_of(row: Row, config: DataConfig, tokenizer) -> str:
     """Returns the rendered prompt: the user's template, else the tokenizer's chat template, else the task's default."""
     task = tasks.load(config.task)
-    if config.template is None and tokenizer is not None and tokenizer.chat_template:
+    if _chats(config, tokenizer):
         body = "\n".join(value for name, value in row.items() if name != task.RESPONSE and value)
         message = [{"role": "user", "content": body}]
         return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
@@ -315,7 +321,7 @@ def tokenize(rows: list[Row], config: DataConfig, tokenizer, max_length: int) ->
     """
     task = tasks.load(config.task)
     # A chat template writes its own special tokens; elsewhere the tokenizer adds those it was trained with.
-    special = config.template is not None or not tokenizer.chat_template
+    special = not _chats(config, tokenizer)
     prompts = [prompt_of(row, config, tokenizer) for row in rows]
     responses = [_joined(prompt, row[task.RESPONSE]) for prompt, row in zip(prompts, rows, strict=True)]
     ids, lengths, cut = [], [], 0

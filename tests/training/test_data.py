@@ -428,3 +428,20 @@ def test_random_bytes_never_end_in_a_stack_trace(tmp_path, seed):
         (tmp_path / name).write_bytes(bytes(rng.choice(b'{}[]",:\n\\u0aZ \xff\r') for _ in range(rng.randint(1, 60))))
         with pytest.raises(InputError):
             read(DataConfig(train=str(tmp_path / name)))
+
+
+def test_a_limit_is_a_seeded_choice_from_the_whole_file(tmp_path):
+    rows = [{"text": f"row {i} of many", "label": "first" if i < 60 else "second"} for i in range(120)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = DataConfig(train=str(tmp_path / "rows.jsonl"), task="classification", limit=40)
+    limited = read(config)
+    assert len(limited.train) == 40 and {row["label"] for row in limited.train} == {"first", "second"}
+    assert limited.train == read(config).train
+
+
+def test_plain_text_is_not_rendered_as_a_conversation(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": f"Q: {i}\nA: {i}"}) for i in range(30)))
+    config = DataConfig(train=str(tmp_path / "rows.jsonl"), task="completion", separator="\nA:")
+    tokenizer = load_tokenizer(Recipe())
+    assert tokenizer.chat_template
+    assert prompt_of(read(config).train[0], config, tokenizer).startswith("Q: ")
