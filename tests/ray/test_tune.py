@@ -112,7 +112,7 @@ def run(search, train, *, parallel: int = 1, **options) -> None:
     tune.run_search(search, search.spec.data, parallel=parallel, train=train, **options)
 
 
-def assert_nothing_left(within: float = 10.0) -> None:
+def assert_nothing_left(within: float = 60.0) -> None:
     """Every CPU is free again and no group of workers exists or waits."""
     until = time.monotonic() + within
     while True:
