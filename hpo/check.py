@@ -1,6 +1,6 @@
 """What would run: the part of a study's checks that looks at the model, the data and the machine. Starts and writes nothing.
 
-Owns: `inspect` and its `Findings`. Must not know: stores, runners.
+Owns: `load`, `inspect` and its `Findings`. Must not know: stores, runners.
 """
 
 from __future__ import annotations
@@ -8,12 +8,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from hpo import gate
+from hpo import spec as specs
 from hpo.errors import InputError, Problem, SpecError
-from hpo.spec import Spec
+from hpo.spec import Loaded, Spec
 from training import data as training_data
 from training import memory
 from training.data import Rows, Tokenized
@@ -40,6 +43,26 @@ class Findings:
     notes: tuple[str, ...] = field(default=())
 
 
+def load(
+    source: str | Path | Mapping[str, Any], sets: Sequence[str] = (), *, trained_elsewhere: bool = False
+) -> tuple[Loaded, Findings]:
+    """Returns a study as it was read, and what was found out about it.
+
+    Raises:
+        NotFound: no such bundled study and no such file.
+        SpecError: with every problem, of the file itself and between it and model, rows and machine.
+    """
+    try:
+        loaded = specs.load(source, sets)
+    except SpecError as error:
+        if error.sound is None:
+            raise
+        beyond, *_ = _look(error.sound, error.broken, trained_elsewhere)
+        said = {problem.where for problem in error.problems}
+        raise SpecError(*error.problems, *(p for p in beyond if p.where not in said)) from None
+    return loaded, inspect(loaded.spec, trained_elsewhere=trained_elsewhere)
+
+
 def inspect(spec: Spec, *, trained_elsewhere: bool = False) -> Findings:
     """Returns the shape of the model, the rows and what fits.
 
@@ -50,31 +73,51 @@ def inspect(spec: Spec, *, trained_elsewhere: bool = False) -> Findings:
     Raises:
         SpecError: with every problem found.
     """
-    found: list[Problem] = [*_machine(spec), *_storage(spec)]
-    if spec.train == "simulated" or trained_elsewhere:
-        if found:
-            raise SpecError(*found)
-        return Findings(spec)
+    found, shape, rows, tokenized = _look(spec, frozenset(), trained_elsewhere)
+    if found:
+        raise SpecError(*found)
+    return _predict(spec, shape, rows, tokenized) if rows else Findings(spec)
+
+
+def _look(
+    spec: Spec, broken: frozenset[str], trained_elsewhere: bool
+) -> tuple[list[Problem], Shape | None, Rows | None, Tokenized | None]:
+    """Returns what is wrong between a study and the model, the rows and the machine, and what was read on the way.
+
+    What is `broken` in the file was left out of `spec`, so nothing that would follow from it is looked at.
+    """
+
+    def sound(*paths: str) -> bool:
+        return not specs.touches(broken, *paths)
+
+    found = [*(_machine(spec) if sound("resources") else ()), *(_storage(spec) if sound("storage") else ())]
+    if spec.train == "simulated" or trained_elsewhere or not sound("train"):
+        return found, None, None, None
     shapes: dict[str, Shape] = {}
-    for model in _values(spec, "model"):
+    for model in _values(spec, "model") if sound("recipe.model", "recipe.revision", "space.model") else ():
         try:
             shapes[model] = describe(model, spec.recipe.revision)
         except InputError as error:
             found += _placed(error, spec, "model", model)
-    for shape in shapes.values():
+    for shape in shapes.values() if sound("recipe.targets", "space.targets") else ():
         found += _targets(spec, shape)
     rows = None
     try:
-        rows = training_data.read(spec.data)
+        rows = training_data.read(spec.data) if sound("data") else None
     except InputError as error:
         found += error.problems
     if any(stage for stage in _values(spec, "zero_stage")) and importlib.util.find_spec("deepspeed") is None:
         found.append(
             Problem("recipe.zero_stage", "needs DeepSpeed, which is not installed.", "pip install 'paretune[deepspeed]'.")
         )
-    if found:
-        raise SpecError(*found)
-    return _predict(spec, shapes[spec.recipe.model] if spec.recipe.model in shapes else next(iter(shapes.values())), rows)
+    shape, tokenized = shapes.get(spec.recipe.model) or next(iter(shapes.values()), None), None
+    if shape and rows and sound("recipe.max_length", "space.max_length"):
+        try:
+            tokenized = _tokenized(spec, rows)
+            found += _beyond_context(shape, tokenized)
+        except SpecError as error:
+            found += error.problems
+    return found, shape, rows, tokenized
 
 
 def _values(spec: Spec, name: str) -> list:
@@ -157,15 +200,17 @@ def _placed(error: InputError, spec: Spec, field: str, value: object) -> list[Pr
     return [replace(problem, where=where) for problem in error.problems]
 
 
-def _predict(spec: Spec, shape: Shape, rows: Rows) -> Findings:
-    tokenized = _tokenized(spec, rows)
+def _beyond_context(shape: Shape, tokenized: Tokenized) -> list[Problem]:
     longest = max(len(ids) for ids in tokenized.ids)
     context = shape.config.get("max_position_embeddings") or shape.config.get("n_positions")
-    if context and longest > context:
-        rule = f"rows of {longest} tokens are beyond the model's context of {context}."
-        raise SpecError(
-            Problem("recipe.max_length", rule, f"Set recipe.max_length: {context}, which cuts the beginning of long prompts.")
-        )
+    if not context or longest <= context:
+        return []
+    rule = f"rows of {longest} tokens are beyond the model's context of {context}."
+    return [Problem("recipe.max_length", rule, f"Set recipe.max_length: {context}, which cuts the beginning of long prompts.")]
+
+
+def _predict(spec: Spec, shape: Shape, rows: Rows, tokenized: Tokenized) -> Findings:
+    longest = max(len(ids) for ids in tokenized.ids)
     rng = random.Random(spec.seed)
     totals, refusals, example = [], 0, ""
     for _ in range(SAMPLED):

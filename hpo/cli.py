@@ -64,10 +64,9 @@ def init(
 def check(source: Source, sets: Sets = None, as_json: Json = False):
     """Say what would run: size of the space, trials, predicted memory, what does not fit. Starts and writes nothing."""
     from hpo import show
-    from hpo.check import inspect
-    from hpo.spec import load
+    from hpo.check import load
 
-    findings = inspect(load(source, sets or ()).spec)
+    _, findings = load(source, sets or ())
     if as_json:
         _print_json(show.check_record(findings))
     else:

@@ -24,7 +24,16 @@ class HpoError(Exception):
 
 
 class SpecError(HpoError, InputError):
-    """A study file that cannot run; `problems` has all of them."""
+    """A study file that cannot run; `problems` has all of them.
+
+    Attributes:
+        sound: the study (a `Spec`) without what is broken, so that the rest can be checked too; None where nothing is left.
+        broken: the paths that were left out of it.
+    """
+
+    def __init__(self, *problems: Problem, sound: Any = None, broken: frozenset[str] = frozenset()):
+        super().__init__(*problems)
+        self.sound, self.broken = sound, broken
 
 
 class NotFound(HpoError):

@@ -78,7 +78,7 @@ def check_text(findings: Findings):
             rows.append(("does not fit", said + (f"; for example {findings.example}" if findings.example else "")))
     for name, said in [*rows, *(("note", note) for note in findings.notes)]:
         table.add_row(f"[bold]{name}[/bold]", escape(said))
-    return Group(table, "Nothing was started. To run it: [bold]hpo run[/bold]")
+    return Group(table, "Nothing was started. To run it, write run in place of check.")
 
 
 def check_record(findings: Findings) -> dict[str, Any]:

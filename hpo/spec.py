@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -308,27 +308,47 @@ def build(raw: dict[str, Any], folder: Path) -> Spec:
             raw["space"] = raw["space"] | {name: {"type": "choice", "values": dimension}}
     _anchor(raw, folder)
     try:
-        spec, broken = Spec.model_validate(raw), set()
+        spec, broken = Spec.model_validate(raw), frozenset()
     except ValidationError as error:
         said: dict[str, Problem] = {}
         for problem in map(_problem, error.errors(include_url=False)):
             said.setdefault(problem.where, problem)  # a value that fits no member of a union is refused by each of them
         found += said.values()
-        broken = {str(e["loc"][0]) for e in error.errors(include_url=False) if e["loc"]}
-        spec = _what_is_sound(raw, broken)
+        spec, broken = _what_is_sound(raw, error)
     # What is sound is checked too, so that the user sees everything at once.
-    found += [p for p in (_cross_checks(spec) if spec else []) if re.split(r"[.\[]", p.where)[0] not in broken]
+    found += [p for p in (_cross_checks(spec, broken) if spec else []) if not touches(broken, p.where)]
     if found:
-        raise SpecError(*found)
+        raise SpecError(*found, sound=spec, broken=broken)
     return spec
 
 
-def _what_is_sound(raw: dict, broken: set[str]) -> Spec | None:
+def touches(broken: Iterable[str], *paths: str) -> bool:
+    """Says whether one of the paths lies in what is broken, or holds some of it."""
+    parts = [re.split(r"[.\[]", path) for path in paths]
+    return any(a[: len(b)] == b[: len(a)] for path in broken for a in [path.split(".")] for b in parts)
+
+
+def _what_is_sound(raw: dict, error: ValidationError) -> tuple[Spec | None, frozenset[str]]:
+    """Returns the study without what is broken, and the paths that were left out: one field, or its section where need be."""
     stand_in = {"name": "stand-in", "data": {"train": "stand-in"}, "space": {"seed": {"type": "int", "low": 0, "high": 1}}}
-    try:
-        return Spec.model_validate(stand_in | {name: value for name, value in raw.items() if name not in broken})
-    except ValidationError:
-        return None
+    places = [tuple(str(part) for part in e["loc"]) for e in error.errors(include_url=False) if e["loc"]]
+    for depth in (2, 1):
+        broken = frozenset(
+            ".".join(place[: depth if place[0] in (*_MODELS, "space") and isinstance(raw.get(place[0]), dict) else 1])
+            for place in places
+        )
+        kept = {name: _without(value, name, broken) for name, value in raw.items() if name not in broken}
+        try:
+            return Spec.model_validate(stand_in | kept), broken
+        except ValidationError:
+            continue
+    return None, broken
+
+
+def _without(value: Any, section: str, broken: frozenset[str]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {name: child for name, child in value.items() if f"{section}.{name}" not in broken}
 
 
 def _anchor(raw: dict, folder: Path) -> None:
@@ -408,18 +428,20 @@ _EXAMPLES = {
 }
 
 
-def _cross_checks(spec: Spec) -> list[Problem]:
+def _cross_checks(spec: Spec, broken: frozenset[str] = frozenset()) -> list[Problem]:
     wrong = problems(spec.space, spec.recipe)
+    if touches(broken, "space"):  # what a dimension refers to may be what was left out
+        wrong = [(where, said) for where, said in wrong if not re.search(r"\.(when|times)\b", where)]
     found = [Problem(f"space.{where}", f"{_plainly(said)}.", _remedy(spec, where)) for where, said in wrong]
     if not len(spec.space):
         found.append(Problem("space", "has no dimension.", "Name at least one field of the recipe with its range."))
     found += training_data.template_problems(spec.data)
     found += _objective_problems(spec)
     found += _algorithm_problems(spec)
-    for i, point in enumerate(spec.start):
+    for i, point in enumerate(() if touches(broken, "space") else spec.start):
         found += _start_problems(spec, f"start[{i}]", point)
     workers = spec.resources.workers
-    for value in _values(spec, "batch_size"):
+    for value in () if touches(broken, "recipe.batch_size", "space.batch_size") else _values(spec, "batch_size"):
         if value % workers:
             found.append(
                 Problem("resources.workers", f"must divide batch_size, got {workers} and {value}.", "Change one of them.")

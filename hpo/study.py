@@ -185,7 +185,7 @@ def run(source: Any, sets: Sequence[str] = (), *, train: Train | None = None, on
     """Runs a study to the end of its budget, or continues it, and returns it.
 
     Args:
-        source: a bundled study's name, a path, a dict, or what `specs.load` returned.
+        source: a bundled study's name, a path, or a dict.
         sets: overrides as path=value.
         train: a user's own train function with the signature of `training.loop.train`.
         on_status: is told of progress.
@@ -194,7 +194,7 @@ def run(source: Any, sets: Sequence[str] = (), *, train: Train | None = None, on
         SpecError: the study cannot run; nothing was started or written.
         StudyChanged, StudyBusy, StoreError, BackendError: as their names say.
     """
-    return _run(_loaded(source, sets), train, on_status, lambda study: None)
+    return _run(*check.load(source, sets, trained_elsewhere=train is not None), train, on_status, lambda study: None)
 
 
 def start(
@@ -205,7 +205,8 @@ def start(
     Raises:
         As `run`, for what is found before the first trial.
     """
-    loaded, ready, ended, box = _loaded(source, sets), threading.Event(), threading.Event(), {}
+    loaded, findings = check.load(source, sets, trained_elsewhere=train is not None)
+    ready, ended, box = threading.Event(), threading.Event(), {}
 
     def work():
         def began(study: Study) -> None:
@@ -213,7 +214,7 @@ def start(
             ready.set()
 
         try:
-            _run(loaded, train, on_status, began)
+            _run(loaded, findings, train, on_status, began)
         except KeyboardInterrupt:
             pass  # `Study.stop`: what was asked for is no error
         except BaseException as error:
@@ -233,11 +234,9 @@ def start(
     return box["study"]
 
 
-def _loaded(source: Any, sets: Sequence[str]) -> Loaded:
-    return source if isinstance(source, Loaded) else specs.load(source, sets)
-
-
-def _run(loaded: Loaded, train: Train | None, on_status: OnStatus, began: Callable[[Study], None]) -> Study:
+def _run(
+    loaded: Loaded, findings: check.Findings, train: Train | None, on_status: OnStatus, began: Callable[[Study], None]
+) -> Study:
     status = Status(trials=loaded.spec.budget.trials)
     since = time.monotonic()
 
@@ -246,8 +245,6 @@ def _run(loaded: Loaded, train: Train | None, on_status: OnStatus, began: Callab
             setattr(status, name, value)
         on_status(status)
 
-    tell(phase="checking")
-    findings = check.inspect(loaded.spec, trained_elsewhere=train is not None)
     digest = findings.rows.digest if findings.rows else ""
     if (study := _finished(loaded, digest)) is not None:
         began(study)

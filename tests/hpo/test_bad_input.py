@@ -251,7 +251,10 @@ WRONG = {
     "epochs and steps": ("recipe: {epochs: 1, steps: 5}", {"recipe": "one of epochs, steps and tokens | epochs and steps"}),
     "bits 16 with fp32": ("recipe: {bits: 16}", {"recipe": "needs precision: bf16 | fp32"}),
     "bits 16 with fp32 in the space": ("space: {bits: [32, 16]}", {"space.bits": "needs precision: bf16"}),
-    "workers that do not divide the batch": ("resources: {workers: 3}", {"resources.workers": "divide batch_size | 3 and 8"}),
+    "workers that do not divide the batch": (
+        "resources: {workers: 3, cpus: 0.1}",
+        {"resources.workers": "divide batch_size | 3 and 8"},
+    ),
     "workers that divide only the ends of the batch": (
         "space: {batch_size: {type: int, low: 8, high: 16}}\nresources: {workers: 2}",
         {"resources.workers": "divide batch_size | 2 and 9"},
@@ -275,7 +278,29 @@ WRONG = {
     "a folder for a file": ("data: {train: /}", {"data.train": "folder"}),
     "a user that does not exist": (
         'data: {train: "~nobody-here/x.jsonl"}\nrecipe: {model: "~nobody-here/m"}\nstorage: "~nobody-here/s"',
-        {"storage": "absolute | ~nobody-here/s"},
+        {
+            "storage": "absolute | ~nobody-here/s",
+            "data.train": "~nobody-here/x.jsonl",
+            "recipe.model": "~nobody-here/m",
+        },
+    ),
+    "the file, the model, the rows, the space and the machine at once": (
+        "objectives: [accuracy, time]\nrecipe: {rank: 999, dropout: 2}\ndata: {train: nowhere.jsonl}\n"
+        "resources: {workers: 500, cpus: 1}\nspace: {batch_size: [500]}\nbudget: {trials: 0}",
+        {
+            "objectives[1]": "'time' | seconds",
+            "recipe.rank": "999 | beyond",
+            "recipe.dropout": "below 1",
+            "data.train": "nowhere.jsonl",
+            "resources": "500 CPUs",
+            "resources.workers": "must divide",
+            "budget.trials": "at least 1",
+        },
+    ),
+    "what follows from a mistake is not said": (
+        "recipe: {model: 7, rank: 999, batch_size: 0}\nspace: {rank: [], alpha: {type: float, low: 1, high: 2, times: rank}}\n"
+        "start: [{rank: 8, alpha: 2}]\nresources: {workers: 2}",
+        {"recipe.model": "text", "recipe.batch_size": "at least 1", "space.rank": "must not be empty"},
     ),
     "no such model": ("recipe: {model: ./nothing}", {"recipe.model": "no such folder | embedded"}),
     "targets that match nothing": ("recipe: {targets: [c_proj]}", {"recipe.targets": "'c_proj' | all-linear | q_proj"}),
