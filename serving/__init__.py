@@ -1,0 +1,1 @@
+"""An artifact in, an endpoint out."""

@@ -1,0 +1,1 @@
+"""Where an endpoint runs: this process, or Ray Serve."""
