@@ -1,0 +1,484 @@
+"""The models in one process: they follow the endpoint's table while requests are being answered.
+
+Owns: `Pool` (what is loaded, what answers, what is closed), `Lease`, what a replica says of itself. Must not know: HTTP, Ray, how
+a model is loaded.
+
+One thread watches the table; another one loads and closes. What answers is replaced at once, under a lock, and only by what is
+ready; a request holds its model by a lease from its first token to its last, so every answer comes from one model alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import os
+import platform
+import secrets
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from serving.endpoint import REPLICAS, Adapter, Table, Version, read_table, replace, replicas
+from serving.traffic import Statistics, compare, pick, total
+from training.errors import InputError
+
+WATCH, SAY, RETRY = 0.5, 1.0, 60.0  # seconds between looks at the table, reports, and tries of what did not load
+STALE = 15.0  # seconds after which a silent replica is taken for dead
+GRACE = 10.0  # seconds that requests have to end when the pool is closed
+
+
+class Unknown(KeyError):
+    """No model of that name; `names` are those that can be asked for."""
+
+    def __init__(self, asked: str, names: list[str]):
+        super().__init__(asked)
+        self.names = names
+
+    def __str__(self) -> str:
+        return f"there is no model {self.args[0]!r}; there are {', '.join(self.names) or 'none'}"
+
+
+class Unavailable(Exception):
+    """The model is known but cannot answer now. `busy`: it can when others have finished, so asking again soon is worthwhile."""
+
+    def __init__(self, said: str, *, busy: bool = False):
+        super().__init__(said)
+        self.busy = busy
+
+
+@dataclass(eq=False)
+class _Held:
+    """A model in memory, or on its way into it. It stays while `active` requests hold it."""
+
+    what: Version | Adapter
+    loading: Future
+    active: int = 0
+    used: float = field(default_factory=time.monotonic)
+
+    @property
+    def engine(self):
+        return self.loading.result(0)
+
+    @property
+    def ready(self) -> bool:
+        return self.loading.done() and not self.loading.cancelled() and self.loading.exception() is None
+
+
+class Lease:
+    """A request's hold on the model that answers it; `with` or `async with` takes it and lets go.
+
+    Inside: `engine`; `label`, such as "quickstart@v3"; `version`, such as "v3" or, for an adapter, "fast". An adapter that is not
+    in memory is loaded first: `with` waits for it, `async with` leaves the loop free.
+    """
+
+    def __init__(self, pool: Pool, wanted: str | int | None, key: str):
+        self._pool, self._wanted, self._key = pool, wanted, key
+        self._held: _Held | None = None
+        self._taken = False
+
+    def __enter__(self) -> Lease:
+        self._take()
+        try:
+            self._held.loading.exception()  # waits
+            return self._checked()
+        except BaseException:
+            self.release()
+            raise
+
+    async def __aenter__(self) -> Lease:
+        self._take()
+        try:
+            if not self._held.loading.done():
+                await asyncio.wrap_future(_end_of(self._held.loading))
+            return self._checked()
+        except BaseException:
+            self.release()
+            raise
+
+    def _take(self) -> None:
+        self._held, self._taken = self._pool._hold(self._wanted, self._key), True
+
+    def _checked(self) -> Lease:
+        if not self._held.ready:
+            raise Unavailable(f"{self.label} cannot be loaded")
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.release()
+
+    async def __aexit__(self, *_) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Lets go; a second time does nothing."""
+        if self._taken:
+            self._taken = False
+            self._pool._let_go(self._held)
+
+    @property
+    def engine(self):
+        """The engine; only while the lease is held."""
+        return self._held.engine
+
+    @property
+    def version(self) -> str:
+        """What statistics are kept under."""
+        return _name_of(self._held.what)
+
+    @property
+    def label(self) -> str:
+        """The model's full name."""
+        return f"{self._pool.table.name}@{self.version}"
+
+
+def _end_of(loading: Future) -> Future:
+    # Of its own for everybody who waits: who leaves while the model is loading cancels only that, and errors are looked at later.
+    ended: Future = Future()
+    loading.add_done_callback(lambda _: ended.set_running_or_notify_cancel() and ended.set_result(None))
+    return ended
+
+
+_GONE: Future = Future()
+_GONE.set_exception(Unavailable("closed"))
+
+
+def _name_of(what: Version | Adapter) -> str:
+    return what.name if isinstance(what, Adapter) else f"v{what.version}"
+
+
+def _identity(version: Version) -> tuple[int, str, str]:
+    return version.version, version.digest, version.folder
+
+
+class Pool:
+    """The models of one endpoint in this process.
+
+    Args:
+        folder: the endpoint's; its table is followed.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.table: Table = read_table(folder)  # the newest: limits and tokens hold at once, models when they are loaded
+        self.id = f"{platform.node()}-{os.getpid()}-{secrets.token_hex(3)}"
+        self._lock = threading.Lock()
+        self._versions: dict[tuple, _Held] = {}  # loaded, by identity
+        self._route: tuple[Version, ...] = ()  # those among which shares are divided
+        self._adapters: dict[str, _Held] = {}
+        self._failed: dict[tuple | str, tuple[str, float]] = {}  # identity or adapter -> reason, when it may be tried again
+        self._retired: list[_Held] = []  # closed as soon as nobody holds them
+        self._generation = self._settled = 0  # of the table that the route follows; of the last one that was gone through
+        self._trouble: str | None = None  # with the table itself
+        self._statistics: dict[str, Statistics] = {}
+        self._bases = None
+        self._loads = ThreadPoolExecutor(1, "load")  # one at a time: loading takes memory and threads
+        self._following: Future | None = None
+        self._ended = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="watch", daemon=True)
+        self._started = time.time()
+
+    def start(self) -> None:
+        """Loads the versions of the table and begins to follow it; see `healthy` and `problems` for what came of it."""
+        import torch
+
+        from serving.loading import Bases
+
+        torch.set_num_threads(max(1, int(self.table.engine.cpus)))
+        self._bases = Bases()
+        _forget_the_dead(self.folder)
+        self._loads.submit(self._follow).result()
+        self._say()
+        self._watcher.start()
+
+    def close(self, grace: float = GRACE) -> None:
+        """Waits for requests to end, at most so many seconds, closes all models and takes back what the replica said."""
+        self._ended.set()
+        if self._watcher.is_alive():
+            self._watcher.join()
+        with self._lock:
+            held = [*self._versions.values(), *self._adapters.values()]
+            self._versions, self._adapters, self._route = {}, {}, ()
+            self._retired += held
+        until = time.monotonic() + grace
+        while any(one.active for one in self._retired) and time.monotonic() < until:
+            time.sleep(0.02)
+        self._loads.submit(self._close_retired, True).result()
+        self._loads.shutdown()
+        self._path.unlink(missing_ok=True)
+
+    def healthy(self) -> bool:
+        """Says whether requests can be answered: some version is ready and runs, or the endpoint has only adapters."""
+        with self._lock:
+            route = [self._versions[_identity(version)] for version in self._route]
+        if self._ended.is_set() or not self._watcher.is_alive():
+            return False
+        return all(held.engine.healthy() for held in route) if route else not self.table.versions
+
+    def problems(self) -> list[str]:
+        """Returns why versions and adapters of the table are not ready."""
+        with self._lock:
+            reasons = [reason for reason, _ in self._failed.values()]
+        return [*([self._trouble] if self._trouble else []), *reasons]
+
+    def names(self) -> list[str]:
+        """Returns what can be asked for: the endpoint, its versions, its adapters."""
+        table = self.table
+        parts = [_name_of(what) for what in (*table.versions, *table.adapters)]
+        return [*([table.name] if table.versions else []), *(f"{table.name}@{part}" for part in parts)]
+
+    def pick(self, model: str, key: str) -> Lease:
+        """Returns the lease of the model that answers, to be taken with `with` or `async with`.
+
+        Args:
+            model: `NAME` by shares, `NAME@v2` that version whatever its share, `NAME@fast` an adapter.
+            key: the user, session or request; the same key has the same version.
+
+        Raises:
+            Unknown: there is no such model.
+            Unavailable: when the lease is taken: it is not ready, broken, or no adapter in memory is idle.
+        """
+        table = self.table
+        if model not in self.names():
+            raise Unknown(model, self.names())
+        part = model.partition("@")[2]
+        if not part:
+            return Lease(self, None, key)
+        pinned = {f"v{version.version}": version.version for version in table.versions}
+        return Lease(self, pinned.get(part, part), key)
+
+    def record(self, version: str, **said) -> None:
+        """Counts one answered request; see `Statistics.add`."""
+        with self._lock:
+            self._statistics.setdefault(version, Statistics()).add(**said)
+
+    def feedback(self, version: str, score: float) -> None:
+        """Counts a user's score from 0 to 1 of an answer of this version."""
+        with self._lock:
+            self._statistics.setdefault(version, Statistics()).add_feedback(score)
+
+    def comparison(self) -> list[dict]:
+        """Returns how the versions compare over all living replicas, the one with the largest share first."""
+        others = [said.get("statistics", {}) for said in living(self.folder) if said.get("id") != self.id]
+        with self._lock:
+            own = {name: one.to_json() for name, one in self._statistics.items()}
+        found = total([own, *others])
+        shares = {f"v{version.version}": version.share for version in self.table.versions}
+        return compare(dict(sorted(found.items(), key=lambda item: (-shares.get(item[0], -1), item[0]))))
+
+    def status(self) -> dict:
+        """Returns what this replica says of itself, as JSON."""
+        with self._lock:
+            route = {_identity(version): version.share for version in self._route}
+            known = {_identity(version): version for version in (*self.table.versions, *self._route)}
+            versions = {}
+            for identity, version in known.items():
+                reason = self._failed.get(identity, (None, 0))[0]
+                state = "ready" if identity in self._versions else "failed" if reason else "loading"
+                versions[f"v{version.version}"] = {
+                    "state": state, "reason": reason, "digest": version.digest, "share": route.get(identity, 0),
+                    "running": self._versions[identity].active if identity in self._versions else 0,
+                }  # fmt: skip
+            adapters = {}
+            for adapter in self.table.adapters:
+                held, reason = self._adapters.get(adapter.name), self._failed.get(adapter.name, (None, 0))[0]
+                state = "failed" if reason else "idle" if held is None else "ready" if held.ready else "loading"
+                adapters[adapter.name] = {"state": state, "reason": reason, "running": held.active if held else 0}
+            return {
+                "id": self.id, "host": platform.node(), "pid": os.getpid(), "started": self._started, "time": time.time(),
+                "generation": self._generation, "table": self.table.generation, "trouble": self._trouble,
+                "versions": versions, "adapters": adapters, "closing": len(self._retired),
+                "statistics": {name: one.to_json() for name, one in self._statistics.items()},
+            }  # fmt: skip
+
+    # What follows the table.
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / REPLICAS / f"{self.id}.json"
+
+    def _watch(self) -> None:
+        said, before = 0.0, None
+        while not self._ended.wait(WATCH):
+            self._read()
+            if self._behind() and (self._following is None or self._following.done()):
+                self._following = self._loads.submit(self._follow)
+            now = self.status()
+            states = {name: one["state"] for part in ("versions", "adapters") for name, one in now[part].items()}
+            changed = now["generation"], now["table"], now["trouble"], states
+            if time.monotonic() - said >= SAY or changed != before:
+                self._say()
+                said, before = time.monotonic(), changed
+
+    def _read(self) -> None:
+        try:
+            self.table, self._trouble = read_table(self.folder), None
+        except (InputError, OSError) as error:  # the last one that was good stays in force
+            self._trouble = str(error)
+
+    def _behind(self) -> bool:
+        with self._lock:
+            waiting = any(when <= time.monotonic() for key, (_, when) in self._failed.items() if isinstance(key, tuple))
+            dead = any(held.ready and not held.engine.healthy() for held in self._versions.values())
+            idle = any(not held.active for held in self._retired)
+        return self._settled != self.table.generation or waiting or dead or idle
+
+    def _follow(self) -> None:
+        """Loads what the table names and is not there, then lets it answer, then closes what is no longer named."""
+        while not self._ended.is_set():
+            table = self.table
+            self._retire_the_dead()
+            if table.generation != self._settled:  # somebody changed something: what failed may be sound now
+                with self._lock:
+                    self._failed = {key: (reason, 0.0) for key, (reason, _) in self._failed.items()}
+            for version in table.versions:
+                if self.table.generation != table.generation or self._ended.is_set():
+                    break  # a newer one came meanwhile
+                self._load(version)
+            else:
+                self._switch(table)
+                self._close_retired()
+                return
+
+    def _load(self, version: Version) -> None:
+        from serving import loading
+
+        identity = _identity(version)
+        with self._lock:
+            if identity in self._versions or self._failed.get(identity, ("", 0))[1] > time.monotonic():
+                return
+        done: Future = Future()
+        try:
+            done.set_result(loading.load_version(version, self.table.engine))
+        except Exception as error:  # whatever it is: the others go on answering
+            with self._lock:
+                self._failed[identity] = (_said(error), _again(error))
+            return
+        with self._lock:
+            self._failed.pop(identity, None)
+            self._versions[identity] = _Held(version, done)
+
+    def _switch(self, table: Table) -> None:
+        with self._lock:
+            ready = tuple(version for version in table.versions if _identity(version) in self._versions)
+            wanted = any(version.share for version in table.versions)
+            kept = tuple(version for version in self._route if _identity(version) in self._versions)
+            # Where none of those that should answer is ready, those that answered until now go on.
+            if any(version.share for version in ready) or not (wanted and kept):
+                self._route, self._generation = ready, table.generation
+            else:
+                self._route = kept
+            named = {_identity(version) for version in (*table.versions, *self._route)}
+            for identity in [identity for identity in self._versions if identity not in named]:
+                self._retired.append(self._versions.pop(identity))
+            adapters = {adapter.name: adapter for adapter in table.adapters}
+            for name in [name for name, held in self._adapters.items() if adapters.get(name) != held.what]:
+                self._retired.append(self._adapters.pop(name))
+            self._failed = {key: why for key, why in self._failed.items() if key in named or key in adapters}
+            self._settled = table.generation
+        self._bases.keep(table.adapters)
+
+    def _retire_the_dead(self) -> None:
+        with self._lock:
+            for identity, held in list(self._versions.items()):
+                if not held.engine.healthy():
+                    self._route = tuple(version for version in self._route if _identity(version) != identity)
+                    self._retired.append(self._versions.pop(identity))
+
+    def _close_retired(self, all_: bool = False) -> None:
+        with self._lock:
+            ended = [held for held in self._retired if all_ or not held.active]
+            self._retired = [held for held in self._retired if held not in ended]
+        for held in ended:
+            if held.ready:
+                held.engine.close()
+                held.loading = _GONE  # whoever kept a lease keeps no weights
+        if ended:
+            gc.collect()  # models hold themselves in circles
+
+    # What a request holds.
+
+    def _hold(self, wanted: str | int | None, key: str) -> _Held:
+        with self._lock:
+            if isinstance(wanted, str):
+                return self._hold_adapter(wanted)
+            choice = [version for version in self._route if wanted is None]
+            choice += [v for v in self.table.versions if v.version == wanted and _identity(v) in self._versions]
+            if not choice:
+                raise Unavailable(f"{self.table.name}{f'@v{wanted}' if wanted else ''} is not ready")
+            held = self._versions[_identity(pick(choice, key, self.table.name))]
+            held.active += 1
+            return held
+
+    def _hold_adapter(self, name: str) -> _Held:
+        adapter = next((adapter for adapter in self.table.adapters if adapter.name == name), None)
+        held = self._adapters.get(name)
+        if held is not None and held.what != adapter:  # another one of that name came since
+            self._retired.append(self._adapters.pop(name))
+            held = None
+        if adapter is None or self._ended.is_set() or self._failed.get(name, ("", 0))[1] > time.monotonic():
+            raise Unavailable(f"{self.table.name}@{name} cannot be loaded")
+        if held is None:
+            while len(self._adapters) >= self.table.engine.adapters_loaded:
+                idle = [other for other, one in self._adapters.items() if not one.active]
+                if not idle:
+                    raise Unavailable("all adapters in memory are in use", busy=True)
+                least = min(idle, key=lambda other: self._adapters[other].used)
+                self._retired.append(self._adapters.pop(least))
+            held = self._adapters[name] = _Held(adapter, Future())
+            self._loads.submit(self._load_adapter, held)
+        held.active += 1
+        return held
+
+    def _load_adapter(self, held: _Held) -> None:
+        self._close_retired()  # first: its memory may be needed
+        name = held.what.name
+        try:
+            engine = self._bases.load(held.what, self.table.engine)
+        except Exception as error:
+            with self._lock:
+                self._failed[name] = (_said(error), _again(error))
+                if self._adapters.get(name) is held:
+                    del self._adapters[name]
+            held.loading.set_exception(error)
+            return
+        with self._lock:
+            self._failed.pop(name, None)
+        held.loading.set_result(engine)
+
+    def _let_go(self, held: _Held) -> None:
+        with self._lock:
+            held.active -= 1
+            held.used = time.monotonic()
+
+    def _say(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk stops no answers
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            replace(self._path, json.dumps(self.status(), indent=1))
+
+
+def _said(error: Exception) -> str:
+    return (
+        str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+    )
+
+
+def _again(error: Exception) -> float:
+    # What is wrong with a model stays wrong until somebody registers another one; storage and memory may come back.
+    return time.monotonic() + (RETRY if not isinstance(error, InputError) else 10 * RETRY)
+
+
+def living(folder: str | Path, now: float | None = None) -> list[dict]:
+    """Returns what each replica said that was heard from lately."""
+    now = time.time() if now is None else now
+    return [said for said in replicas(folder) if now - said.get("time", 0) < STALE]
+
+
+def _forget_the_dead(folder: Path) -> None:
+    for path in (folder / REPLICAS).glob("*.json"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > 10 * STALE:
+                path.unlink()
