@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import checkpoint
+from training import artifact
 from training.adapters import attach
 from training.checkpoint import load_adapter, save_adapter, verify
 from training.errors import InputError
@@ -120,9 +120,9 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint_whole(saved, llama, monk
         if moment == "rename":
             patch.setattr(Path, "rename", crash)
         elif moment == "_sync":
-            patch.setattr(checkpoint, "_sync", crash)
+            patch.setattr(artifact, "_sync", crash)
         else:
-            patch.setattr(checkpoint.json, "dumps", crash)
+            patch.setattr(artifact.json, "dumps", crash)
         with pytest.raises(Crash):
             save_adapter(other, saved, {})
     verify(saved)
