@@ -41,6 +41,20 @@ def test_models_are_compared_row_by_row(make_job, tmp_path):
     assert found["machine"]["gemm_seconds"] > 0
 
 
+def test_judging_gives_the_scores_of_the_comparison_and_no_answers(make_job, tmp_path):
+    job = make_job(steps=2, output=str(tmp_path / "adapter"), evaluation=EvaluationConfig(reports=1, test_rows=6))
+    outcome = loop.train(job)
+    recipe = job.recipe.model_dump(mode="json")
+    models = [
+        {"who": "base", "recipe": recipe, "checkpoint": None},
+        {"who": "tuned", "recipe": recipe, "checkpoint": outcome.checkpoint},
+    ]
+    found = measure.judge(models, job.model_dump(mode="json"))
+    json.dumps(found)
+    assert found["models"] == measure.compare(models, job.model_dump(mode="json"))["models"]
+    assert set(found) == {"models", "machine"} and set(found["models"][0]) == {"who", "right", "nll", "tokens"}
+
+
 def test_regressions_are_shown_first_and_gains_do_not_push_out_the_rest():
     winner = [1.0] * 20 + [0.0] * 2 + [0.0] * 2 + [1.0] * 2
     other = [0.0] * 20 + [1.0] * 2 + [0.0] * 2 + [1.0] * 2
