@@ -119,6 +119,7 @@ def certify(spec: Spec, trials: Sequence[Trial], data: DataConfig, call: Call, *
     """
     if not any(eligible(trial) for trial in trials):
         return None
+
     def measure(todo: list[Trial]) -> dict[int, Measured]:
         on_phase(f"timing {len(todo)} of the front alone")
         random.Random(spec.seed).shuffle(todo)  # so that a drift of the machine does not follow the front's order

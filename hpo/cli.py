@@ -7,29 +7,27 @@ Exit codes: 0 done; 1 something broke; 2 the input is wrong, nothing was started
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from hpo.cli_models import endpoints, keep, models
 from hpo.errors import HpoError, InputError, NotFound, StudyBusy
+from hpo.terminal import Json, Name, Sets, Source, Storage, console, print_json, say
 
 INTERRUPTED = 130
 
 app = typer.Typer(help="Find good hyperparameters for fine-tuning language models.", no_args_is_help=True,
                   pretty_exceptions_enable=False, add_completion=False)  # fmt: skip
 
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output")]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="override a field, for example --set budget.trials=30")]
-Storage = Annotated[str | None, typer.Option(help="folder of the record; default HPO_STORAGE, else ~/paretune")]
-Source = Annotated[str, typer.Argument(help="a bundled study (quickstart) or a file")]
-Name = Annotated[str, typer.Argument(help="name of the study")]
+app.add_typer(models, name="model")
+app.add_typer(endpoints, name="endpoint")
 
 
 @app.command()
@@ -53,11 +51,11 @@ def init(
     with _writing(path):
         path.write_text(made.text, encoding="utf-8")
     if as_json:
-        _print_json({"path": str(path), "notes": made.notes})
+        print_json({"path": str(path), "notes": made.notes})
         return
     for note in made.notes:
-        _say(f"  {note}")
-    _say(f"Wrote {path}. Next: hpo check {path}")
+        say(f"  {note}")
+    say(f"Wrote {path}. Next: hpo check {path}")
 
 
 @app.command()
@@ -68,25 +66,52 @@ def check(source: Source, sets: Sets = None, as_json: Json = False):
 
     _, findings = load(source, sets or ())
     if as_json:
-        _print_json(show.check_record(findings))
+        print_json(show.check_record(findings))
     else:
-        _console().print(show.check_text(findings))
+        console().print(show.check_text(findings))
 
 
 @app.command()
-def run(source: Source, sets: Sets = None, as_json: Json = False):
+def run(
+    source: Source,
+    sets: Sets = None,
+    promote: Annotated[bool, typer.Option("--promote", help="then retrain, merge, verify and register the winner")] = False,
+    deploy: Annotated[bool, typer.Option("--deploy", help="then serve it, and ask the untuned and the tuned model")] = False,
+    keep_up: Annotated[bool, typer.Option("--keep", help="with --deploy: serve until Ctrl-C")] = False,
+    as_json: Json = False,
+):
     """Run a study to the end of its budget, or continue it; ends with the front, the winner and the report."""
-    from hpo import show
-    from hpo.study import run as run_study
+    from hpo import show, show_models
+    from hpo import study as studies
 
-    # Ray prints advice to standard output whatever it is told; it is in Ray's logs too.
-    with show.progress() as on_status, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        study = run_study(source, sets or (), on_status=on_status)
-    if as_json:
-        _print_json(show.study_record(study))
-    else:
-        _console().print(show.study_text(study))
-        _console().print(show.next_text(study))
+    if (deploy and not promote) or (keep_up and not deploy):
+        raise typer.BadParameter("--deploy needs --promote, and --keep needs --deploy.")
+    with contextlib.ExitStack() as stack:
+        if promote:
+            stack.enter_context(studies.session())
+        model = made = None
+        # Ray prints advice to standard output whatever it is told; it is in Ray's logs too.
+        with show.progress() as on_status, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            study = studies.run(source, sets or (), on_status=on_status)
+            if promote and study.winner() is not None:
+                model = study.promote(on_status=on_status)
+                made = study.deploy(on_status=on_status) if deploy and not model.refused else None
+        said = studies.side_by_side(made) if made else []
+        if as_json:
+            also = {"model": show_models.model_record(model)} if model else {}
+            also |= {"endpoint": show_models.endpoint_record(made), "asked": said} if made else {}
+            print_json(show.study_record(study) | also)
+        else:
+            console().print(show.study_text(study))
+            if model:
+                console().print(show_models.model_text(model))
+            if made:
+                console().print(show_models.endpoint_text(made), show_models.asked_text(said))
+            console().print(show.next_text(study))
+        if made and keep_up:
+            keep(made)
+        elif made:
+            made.close()
     if study.winner() is None:
         raise typer.Exit(4)
 
@@ -100,11 +125,11 @@ def list_studies(storage: Storage = None, as_json: Json = False):
     store = open_the_store(storage)
     rows = [(record, counts, store.held(record.id)) for record, counts in store.studies()]
     if as_json:
-        _print_json(
+        print_json(
             {"studies": [{"name": r.name, "created": r.created, "running": held, "trials": counts} for r, counts, held in rows]}
         )
     else:
-        _console().print(show.list_text(rows))
+        console().print(show.list_text(rows))
 
 
 @app.command()
@@ -115,9 +140,9 @@ def show(name: Name, storage: Storage = None, as_json: Json = False):
 
     study = open_study(name, storage=storage)
     if as_json:
-        _print_json(shown.study_record(study))
+        print_json(shown.study_record(study))
     else:
-        _console().print(shown.study_text(study))
+        console().print(shown.study_text(study))
 
 
 @app.command()
@@ -150,7 +175,7 @@ def export(
         raise typer.BadParameter(f"--out must end in {', '.join(writers)}, got {out.name}")
     with _writing(out):
         writers[out.suffix]()
-    _say(f"Wrote {len(table)} trials to {out}")
+    say(f"Wrote {len(table)} trials to {out}")
 
 
 @app.command()
@@ -167,14 +192,14 @@ def schema(
     if what in ("spaces", "studies"):
         found = {name: path.read_text() for name, path in bundled(what).items()}
         if as_json:
-            _print_json(found)
+            print_json(found)
         else:
             print("\n\n".join(f"# {name}\n{text.strip()}" for name, text in found.items()))
     elif what in models:
         if as_json:
-            _print_json(models[what].model_json_schema())
+            print_json(models[what].model_json_schema())
         else:
-            _console().print(show.schema_text(models[what]))
+            console().print(show.schema_text(models[what]))
     else:
         raise typer.BadParameter(f"must be study, recipe, data, spaces or studies, got {what}")
 
@@ -187,9 +212,9 @@ def doctor(as_json: Json = False):
 
     findings = examine()
     if as_json:
-        _print_json({f.name: {"ok": f.ok, "found": f.found, "remedy": f.remedy} for f in findings})
+        print_json({f.name: {"ok": f.ok, "found": f.found, "remedy": f.remedy} for f in findings})
     else:
-        _console().print(show.doctor_text(findings))
+        console().print(show.doctor_text(findings))
     if not all(f.ok for f in findings if f.needed):
         raise typer.Exit(1)
 
@@ -200,23 +225,6 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise typer.BadParameter(f"{path} cannot be written ({error.strerror or error}).") from None
-
-
-def _console():
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    # A narrow or absent terminal must not cut the front's numbers off: it wraps the lines itself.
-    console.width = max(console.width, 120)
-    return console
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, default=str))
 
 
 def main() -> None:
@@ -231,7 +239,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:
-        _say("Interrupted. The same command continues.")
+        say("Interrupted. The same command continues.")
     sys.exit(code)
 
 
@@ -240,19 +248,19 @@ def _explain(error: Exception, as_json: bool) -> int:
     if isinstance(error, InputError):
         problems = [{"where": p.where, "rule": p.rule, "remedy": p.remedy} for p in error.problems]
         if as_json:
-            _print_json({"error": {"code": "input", "problems": problems}})
+            print_json({"error": {"code": "input", "problems": problems}})
         else:
             number = len(problems)
-            _say(f"{number} {'problem' if number == 1 else 'problems'}, nothing was started:")
+            say(f"{number} {'problem' if number == 1 else 'problems'}, nothing was started:")
             for problem in error.problems:
-                _say(f"  {problem}")
+                say(f"  {problem}")
         return 2
     usage = isinstance(error, typer.TyperException)
     message = error.format_message() if usage else str(error)
     if as_json:
-        _print_json({"error": {"code": "usage" if usage else type(error).__name__, "message": message}})
+        print_json({"error": {"code": "usage" if usage else type(error).__name__, "message": message}})
     else:
-        _say(message)
+        say(message)
     return 3 if isinstance(error, StudyBusy) else 2 if usage or isinstance(error, NotFound) else 1
 
 

@@ -21,6 +21,8 @@ from pydantic import Field, ValidationError, field_validator
 from hpo import algorithms, objectives
 from hpo.errors import NotFound, Problem, SpecError, nearest, rule_of
 from hpo.space import Params, Space, problems
+from serving.endpoint import EngineSettings
+from serving.endpoint import Limits as ServingLimits
 from training import data as training_data
 from training.recipe import DataConfig, EvaluationConfig, Frozen, Limits, Number, Recipe, Resources, Whole
 
@@ -48,6 +50,30 @@ class Budget(Frozen):
     retries: Whole = Field(2, ge=0, le=100, description="how often a trial whose worker died is tried again")
 
 
+class Promote(Frozen):
+    """How the winner becomes a model that may be served."""
+
+    model: str | None = Field(None, description="name on the register; default: the study's")
+    rows: Literal["all", "train"] = Field("all", description="what it is retrained on; all adds the validation rows")
+    precision: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="that is served; default: the recipe's")
+    accuracy: Number = Field(0, ge=0, le=1, description="least accuracy on the test rows; below it a model is not deployed")
+    gain: Number = Field(0, ge=-1, le=1, description="the gain over the untuned base must be above this, on the test rows")
+
+    @field_validator("model")
+    @classmethod
+    def _name(cls, value: str | None) -> str | None:
+        if value is not None and not NAME.fullmatch(value):
+            raise ValueError("must be 1 to 63 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit")
+        return value
+
+
+class Serving(Frozen):
+    """How the model is served."""
+
+    engine: EngineSettings = EngineSettings()
+    limits: ServingLimits = ServingLimits()
+
+
 class Spec(Frozen):
     """One study: what varies, on what, towards what, for how long."""
 
@@ -69,6 +95,8 @@ class Spec(Frozen):
     algorithm: Algorithm = Algorithm()
     budget: Budget = Budget()
     resources: Resources = Resources()
+    promote: Promote = Promote()
+    serving: Serving = Serving()
     train: Literal["loop", "simulated"] = Field("loop", description="loop trains; simulated computes a closed form")
     seed: Whole = Field(0, ge=0, le=2**31 - 1)
 
@@ -366,7 +394,8 @@ def _anchor(raw: dict, folder: Path) -> None:
 
 
 _MODELS = {"data": DataConfig, "evaluation": EvaluationConfig, "recipe": Recipe, "limits": Limits, "budget": Budget,
-           "resources": Resources, "algorithm": Algorithm}  # fmt: skip
+           "resources": Resources, "algorithm": Algorithm, "promote": Promote,
+           "serving": Serving}  # fmt: skip
 
 
 # The members of the unions that a study file has, as pydantic names them in the place of an error.
@@ -425,6 +454,8 @@ _EXAMPLES = {
     "resources": "For example resources: {workers: 1}.",
     "evaluation": "For example evaluation: {rows: 200}.",
     "limits": "For example limits: {peak_bytes: 8000000000}.",
+    "promote": "For example promote: {accuracy: 0.9}.",
+    "serving": "For example serving: {engine: {replicas: 2}}.",
 }
 
 

@@ -24,11 +24,12 @@ import sqlalchemy as sa
 
 from hpo.certificate import Certificate
 from hpo.errors import NotFound, StoreError, StudyBusy
+from hpo.model import Model, Stage
 from hpo.spec import Spec
 from hpo.trial import FINAL, CurvePoint, State, Trial
 from training.recipe import Outcome
 
-VERSION = 1  # of the tables; a newer database is refused, never half understood
+VERSION = 2  # of the tables; an older database is brought up to it, a newer one is refused, never half understood
 LEASE = 30.0  # seconds a run may be silent before another process on another machine may take its study over
 BUSY = 30.0  # seconds to wait for a locked database
 # Said first in a transaction that must not meet another one of its kind.
@@ -71,6 +72,21 @@ _events = sa.Table(
     sa.Column("at", sa.Float, nullable=False),
     sa.Column("kind", sa.String(40), nullable=False),
     sa.Column("data", sa.Text, nullable=False),
+)  # fmt: skip
+# Since version 2.
+_promotions = sa.Table(
+    "promotions", _meta,
+    sa.Column("key", sa.String(64), primary_key=True),
+    sa.Column("study", sa.ForeignKey("studies.id"), nullable=False),
+    sa.Column("steps", sa.Text, nullable=False),
+)  # fmt: skip
+_models = sa.Table(
+    "models", _meta,
+    sa.Column("name", sa.String(63), primary_key=True),
+    sa.Column("version", sa.Integer, primary_key=True),
+    sa.Column("key", sa.String(64), unique=True, nullable=False),
+    sa.Column("stage", sa.String(12), nullable=False),
+    sa.Column("model", sa.Text, nullable=False),
 )  # fmt: skip
 
 
@@ -133,10 +149,18 @@ class Store:
                 _meta.create_all(db)
                 if (version := _version(db)) is None:
                     db.execute(_about.insert().values(version=VERSION))
+        elif version < VERSION and create:
+            self.upgrade()
         if version is not None and version > VERSION:
             raise StoreError(
                 f"{self._name} was written by a newer version (tables {version}, known {VERSION}). Upgrade paretune."
             )
+
+    def upgrade(self) -> None:
+        """Brings the tables of an older version up to this one; what they hold stays as it is."""
+        with self._begin(alone=True) as db:
+            _meta.create_all(db)
+            db.execute(_about.update().where(_about.c.version < VERSION).values(version=VERSION))
 
     def _absent(self) -> StoreError:
         return StoreError(f"There is no study record at {self._name}. Run a study first, or name its storage with --storage.")
@@ -289,6 +313,84 @@ class Store:
             rows = db.execute(sa.select(_events).where(_events.c.study == study).order_by(_events.c.id)).all()
         return [{"at": row.at, "kind": row.kind, **json.loads(row.data)} for row in rows]
 
+    # Promotions and models
+
+    def steps(self, key: str) -> dict[str, Any]:
+        """Returns what the finished steps of a promotion came to, by name, in their order."""
+        with self._begin() as db:
+            found = db.scalar(sa.select(_promotions.c.steps).where(_promotions.c.key == key))
+        return json.loads(found) if found else {}
+
+    def add_step(self, key: str, study: int, name: str, result: dict[str, Any]) -> None:
+        """Keeps what a step of a promotion came to."""
+        with self._begin(alone=True) as db:
+            found = db.scalar(sa.select(_promotions.c.steps).where(_promotions.c.key == key))
+            steps = json.dumps((json.loads(found) if found else {}) | {name: result})
+            if found is None:
+                db.execute(_promotions.insert().values(key=key, study=study, steps=steps))
+            else:
+                db.execute(_promotions.update().where(_promotions.c.key == key).values(steps=steps))
+
+    def add_model(self, model: Model) -> Model:
+        """Registers a model under the next version of its name, or returns the one that this promotion registered before."""
+        with self._begin(alone=True) as db:
+            if found := db.execute(sa.select(_models).where(_models.c.key == model.key)).first():
+                return _model(found)
+            last = db.scalar(sa.select(sa.func.max(_models.c.version)).where(_models.c.name == model.name)) or 0
+            model = model.model_copy(update={"version": last + 1})
+            values = {"key": model.key, "stage": model.stage, "model": model.model_dump_json()}
+            db.execute(_models.insert().values(name=model.name, version=model.version, **values))
+        return model
+
+    def update_model(self, model: Model) -> Model:
+        """Replaces what is kept of a registered model, but for its stage."""
+        chosen = sa.and_(_models.c.name == model.name, _models.c.version == model.version)
+        with self._begin() as db:
+            db.execute(_models.update().where(chosen).values(model=model.model_dump_json()))
+        return model
+
+    def models(self, name: str | None = None) -> list[Model]:
+        """Returns the registered models, or those of one name, oldest first; removed ones are left out."""
+        with self._begin() as db:
+            if not sa.inspect(db).has_table(_models.name):  # written by an older version, and only read by this one
+                return []
+            chosen = sa.select(_models).where(_models.c.stage != "removed").order_by(_models.c.name, _models.c.version)
+            rows = db.execute(chosen if name is None else chosen.where(_models.c.name == name)).all()
+        return [_model(row) for row in rows]
+
+    def model(self, name: str, version: int | None = None) -> Model:
+        """Returns a registered model: the named version, else the live one, else the newest.
+
+        Raises:
+            NotFound: there is none; the message names those that exist.
+        """
+        known = self.models(name)
+        if version is not None:
+            found = [m for m in known if m.version == version]
+        else:
+            found = [m for m in known if m.stage == "live"] or known[-1:]
+        if not found:
+            others = known or self.models()
+            there = ", ".join(m.label if known else m.name for m in others)
+            wanted = name if version is None else f"{name}@v{version}"
+            raise NotFound(f"No model {wanted!r} in {self._name}. There are: {there or 'none'}.")
+        return found[0]
+
+    def set_live(self, name: str, version: int) -> None:
+        """Makes a version the live one; the live one becomes the previous one, and the one before that is retired."""
+        with self._begin(alone=True) as db:
+            if db.scalar(sa.select(_models.c.stage).where(_models.c.name == name, _models.c.version == version)) == "live":
+                return
+            for old, new in (("previous", "retired"), ("live", "previous")):
+                chosen = sa.and_(_models.c.name == name, _models.c.stage == old)
+                db.execute(_models.update().where(chosen).values(stage=new))
+            db.execute(_models.update().where(_models.c.name == name, _models.c.version == version).values(stage="live"))
+
+    def set_stage(self, name: str, version: int, stage: Stage) -> None:
+        """Sets where one version stands."""
+        with self._begin() as db:
+            db.execute(_models.update().where(_models.c.name == name, _models.c.version == version).values(stage=stage))
+
     # Who runs a study
 
     @contextmanager
@@ -357,6 +459,10 @@ class Holder:
 
 def _version(db: sa.Connection) -> int | None:
     return db.scalar(sa.select(_about.c.version)) if sa.inspect(db).has_table(_about.name) else None
+
+
+def _model(row: Any) -> Model:
+    return Model.model_validate_json(row.model).model_copy(update={"stage": row.stage, "version": row.version})
 
 
 def _record(row: Any) -> Record:

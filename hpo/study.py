@@ -16,17 +16,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo import certify, check, local
+from hpo import certify, check, endpoint, local
+from hpo import promote as promotion
 from hpo import spec as specs
 from hpo.certificate import Certificate
+from hpo.endpoint import Endpoint
 from hpo.errors import InputError, NotFound, Problem, SpecError, StoreError, StudyChanged
+from hpo.model import Model
 from hpo.pareto import front
 from hpo.search import Search
 from hpo.spec import Loaded, Spec
 from hpo.store import Record, Store, open_store
 from hpo.trial import Trial
 from training import data as training_data
-from training.recipe import DataConfig, Train
+from training.recipe import DataConfig, Job, Outcome, Train
 
 if TYPE_CHECKING:
     import pandas
@@ -143,6 +146,45 @@ class Study:
         report.write(self.view(), path)
         return path
 
+    # From the winner to a model, and to an endpoint
+
+    def promote(self, *, trial: int | None = None, on_status: OnStatus = lambda status: None) -> Model:
+        """Retrains the winner, keeps the better of both, merges, verifies and registers it; returns the registered model.
+
+        Whatever was finished before is not done again.
+
+        Args:
+            trial: number of another trial than the winner.
+            on_status: is told of progress.
+
+        Raises:
+            InputError: there is nothing to promote, or a check failed.
+            StudyBusy: the study is being run.
+        """
+        tell, record = _teller(on_status), self.record
+        self.store.upgrade()
+        with self.store.hold(record.id), _backend(record.spec, None, tell) as backend:
+            data = _snapshot(record.spec, record.digest)
+            return promotion.promote(self.store, record, self.history(), data, backend.bench(tell), number=trial)
+
+    def models(self) -> list[Model]:
+        """Returns the registered models that were made from this study, oldest first."""
+        return [m for m in self.store.models() if m.lineage.study == self.name]
+
+    def deploy(self, *, share: float = 1.0, on_status: OnStatus = lambda status: None) -> Endpoint:
+        """Serves this study's newest model, with the front as adapters beside it; returns the endpoint.
+
+        Args:
+            share: of the requests; below 1 the model that is live keeps the rest.
+
+        Raises:
+            InputError: nothing was promoted yet, or the model is below its thresholds.
+        """
+        made = self.models()
+        if not made:
+            raise InputError(Problem(self.name, "has no registered model.", f"Run hpo model promote {self.name}."))
+        return deploy(self.store, made[-1], share=share, on_status=on_status)
+
     # A run in the background (hpo.start)
 
     def running(self) -> bool:
@@ -163,6 +205,68 @@ class Study:
         return self
 
 
+def deploy(
+    store: Store, model: Model, *, share: float = 1.0, target: str = "ray", on_status: OnStatus = lambda status: None
+) -> Endpoint:
+    """Deploys a registered model under its name: loads it beside what is live, checks it on real prompts, then switches.
+
+    Args:
+        store: the record that the model is on.
+        model: what to serve.
+        share: of the requests.
+        target: what serves it where nothing does yet: ray (Ray Serve), or local (this process).
+        on_status: is told of progress.
+    """
+    tell = _teller(on_status)
+    study = Study(store, model.lineage.study)
+    return endpoint.deploy(
+        store, model, study.spec, study.front(), share=share, target=target, on_phase=lambda phase: tell(phase=phase)
+    )
+
+
+def side_by_side(made: Endpoint) -> list[dict[str, Any]]:
+    """Asks the untuned base and the model the same question over HTTP; returns `who` and the answer of each."""
+    model_name, store = made.name, open_store(str(made.folder.parent.parent), create=False)
+    with contextlib.closing(store):
+        model = store.model(model_name)
+    record = Study(store, model.lineage.study).record
+    rows = record.certificate.rows if record.certificate else ()
+    if not rows:
+        return []
+    row = rows[0]
+    asked = [{"who": "asked", "text": row.prompt}]
+    for who, name in (("untuned", f"{made.name}@base"), ("tuned", made.name)):
+        asked.append({"who": who, **made.ask(row.prompt, model=name, chat=False, max_tokens=32, stop=["\n"])})
+    return [*asked, {"who": "expected", "text": row.expected}]
+
+
+def reproduce(store: Store, model: Model, on_status: OnStatus = lambda status: None) -> dict[str, Any]:
+    """Makes a registered model again from its record; returns whether it matches. See `hpo.promote.reproduce`."""
+    tell, spec = _teller(on_status), store.study(model.lineage.study).spec
+    with _backend(spec, None, tell) as backend:
+        return promotion.reproduce(model, spec, backend.bench(tell))
+
+
+def _teller(on_status: OnStatus) -> Callable[..., None]:
+    status, since = Status(), time.monotonic()
+
+    def tell(**changes: Any) -> None:
+        for name, value in (changes | {"seconds": time.monotonic() - since}).items():
+            setattr(status, name, value)
+        on_status(status)
+
+    return tell
+
+
+@contextlib.contextmanager
+def session() -> Iterator[None]:
+    """Keeps one cluster for what is done one after another inside: search, promotion, endpoint."""
+    from hpo import tune
+
+    with tune.session():
+        yield
+
+
 def open_study(name: str, *, storage: str | None = None, database: str | None = None) -> Study:
     """Returns a study by name from the record in a storage folder; nothing is written.
 
@@ -175,10 +279,14 @@ def open_study(name: str, *, storage: str | None = None, database: str | None = 
     return study
 
 
+def storage_of(given: str | None = None) -> Path:
+    """Returns the storage folder: the given one, else HPO_STORAGE, else ~/paretune."""
+    return Path(os.path.expandvars(given or os.environ.get("HPO_STORAGE", "~/paretune"))).expanduser()
+
+
 def open_the_store(storage: str | None = None, database: str | None = None) -> Store:
     """Returns the record in a storage folder (default: HPO_STORAGE, else ~/paretune), which must be there."""
-    folder = Path(os.path.expandvars(storage or os.environ.get("HPO_STORAGE", "~/paretune"))).expanduser()
-    return open_store(str(folder), database, create=False)
+    return open_store(str(storage_of(storage)), database, create=False)
 
 
 def run(source: Any, sets: Sequence[str] = (), *, train: Train | None = None, on_status: OnStatus = lambda status: None) -> Study:
@@ -237,14 +345,8 @@ def start(
 def _run(
     loaded: Loaded, findings: check.Findings, train: Train | None, on_status: OnStatus, began: Callable[[Study], None]
 ) -> Study:
-    status = Status(trials=loaded.spec.budget.trials)
-    since = time.monotonic()
-
-    def tell(**changes: Any) -> None:
-        for name, value in (changes | {"seconds": time.monotonic() - since}).items():
-            setattr(status, name, value)
-        on_status(status)
-
+    tell, since = _teller(on_status), time.monotonic()
+    tell(trials=loaded.spec.budget.trials, phase="starting")
     digest = findings.rows.digest if findings.rows else ""
     if (study := _finished(loaded, digest)) is not None:
         began(study)
@@ -360,7 +462,12 @@ def _snapshot(spec: Spec, digest: str) -> DataConfig:
 class _Backend:
     search: Callable[[Search, DataConfig, Callable[[Search], None]], None]
     call: Callable[[str, dict[str, Any]], Any]
+    train: Callable[[Job], Outcome]
     real: bool
+
+    def bench(self, tell: Callable) -> promotion.Bench:
+        """Returns where a promotion does its work, and whom it tells."""
+        return promotion.Bench(self.call, self.train, lambda phase: tell(phase=phase))
 
 
 @contextlib.contextmanager
@@ -374,6 +481,7 @@ def _backend(spec: Spec, train: Train | None, tell: Callable) -> Iterator[_Backe
         yield _Backend(
             lambda search, data, on_change: local.run_search(search, function, data, on_change=on_change),
             lambda name, payload: local.call(name, payload, spec.resources),
+            lambda job: function(job, lambda progress: None),
             real,
         )
         return
@@ -386,6 +494,7 @@ def _backend(spec: Spec, train: Train | None, tell: Callable) -> Iterator[_Backe
         yield _Backend(
             lambda search, data, on_change: tune.run_search(search, data, parallel=parallel, train=train, on_change=on_change),
             lambda name, payload: tune.call(name, payload, spec.resources, storage=folder),
+            lambda job: tune.train_alone(job, f"{spec.name}-final", storage=folder),
             real,
         )
 

@@ -38,8 +38,24 @@ Node = dict[str, float]
 
 
 @contextlib.contextmanager
+def session() -> Iterator[None]:
+    """Keeps the cluster that the first `connect` inside joins or starts until the block ends, for all that comes in it."""
+    global _in_session
+    before, _in_session = _in_session, True
+    try:
+        yield
+    finally:
+        _in_session = before
+        if not before and ray.is_initialized():
+            ray.shutdown()
+
+
+_in_session = False
+
+
+@contextlib.contextmanager
 def connect(*, dashboard: bool = False) -> Iterator[None]:
-    """Joins the cluster at RAY_ADDRESS, or starts one on this machine that ends with the block."""
+    """Joins the cluster at RAY_ADDRESS, or starts one on this machine that ends with the block (or the session around it)."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -60,7 +76,7 @@ def connect(*, dashboard: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        if mine:
+        if mine and not _in_session:
             ray.shutdown()
 
 
@@ -206,6 +222,23 @@ def call(function: str, payload: dict[str, Any], resources: Resources, *, storag
                 raise BackendError(f"{name}: workers were lost {TRIES} times, last: {error}") from error
         except WorkersFailed as error:
             raise BackendError(f"{name}: {error}") from error
+
+
+def train_alone(job: Job, name: str, *, storage: str, on_progress: Callable[[Progress], None] = lambda progress: None) -> Outcome:
+    """Returns the outcome of one job on a worker group of its own, outside any search.
+
+    Raises:
+        BackendError: the training code raised, or workers were lost again and again.
+    """
+    with mailbox_of(name) as mailbox:
+        for again in reversed(range(TRIES)):
+            try:
+                return run_group(job, f"{name}-{time.time_ns()}", mailbox, storage=storage, on_progress=on_progress)
+            except WorkersLost as error:
+                if not again:
+                    raise BackendError(f"{name}: workers were lost {TRIES} times, last: {error}") from error
+            except WorkersFailed as error:
+                raise BackendError(f"{name}: {error}") from error
 
 
 def _drive(config: dict, mailbox: Any = None, storage: str = "", train: Callable | None = None, grace: float = GRACE) -> None:

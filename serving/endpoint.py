@@ -74,6 +74,7 @@ class Adapter(Frozen):
     recipe: dict = Field(description="a Recipe: which base at how many bits")
     folder: str | None = None
     digest: str | None = Field(None, description="of its manifest; another one is refused")
+    chat_template: str | None = Field(None, description="asks as its rows did; default: the tokenizer's own")
 
     @field_validator("name")
     @classmethod

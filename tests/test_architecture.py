@@ -14,14 +14,14 @@ PACKAGES = ("hpo", "training", "serving", "search_spaces")
 
 # A module of hpo imports only from its own layer or from lower ones.
 LAYERS = (
-    ("errors", "space", "trial", "objectives", "pareto", "certificate"),  # words: what is searched, tried, wanted, claimed
+    ("errors", "space", "trial", "objectives", "pareto", "certificate", "model"),  # words: what is searched, tried, wanted, claimed
     ("algorithms", "gate", "importance"),  # pure functions of them
     ("spec",),  # a study as a user writes it
     ("store",),  # the record
     ("search",),  # the heart: ask, report, tell
-    ("check", "local", "tune", "certify", "figures", "report"),  # what a run is made of
+    ("check", "local", "tune", "certify", "figures", "report", "promote", "endpoint"),  # what a run is made of
     ("study", "draft", "doctor"),  # the facade, and what helps to begin
-    ("show", "cli", "__init__", "__main__"),  # doors
+    ("show", "show_models", "terminal", "cli_models", "cli", "__init__", "__main__"),  # doors
 )
 # Nothing but these files may name these libraries.
 ONLY = {
@@ -31,19 +31,20 @@ ONLY = {
     "moocore": {"hpo/pareto.py"},
     "sqlalchemy": {"hpo/store.py"},
     "sqlite3": {"hpo/store.py"},
-    "typer": {"hpo/cli.py"},
+    "typer": {"hpo/cli.py", "hpo/cli_models.py", "hpo/terminal.py"},
     "bitsandbytes": {"hpo/doctor.py", "training/model.py", "training/adapters.py", "training/merge.py"},
     "peft": {"training/adapters.py", "training/checkpoint.py", "training/merge.py"},
     "deepspeed": {"training/loop.py", "training/workers.py"},
 }  # fmt: skip
-# The packages of this repository that each one may import; serving takes two modules of training.
+# The packages of this repository that each one may import; serving takes some modules of training.
 MAY = {
     "search_spaces": set(),
     "training": {"training"},
     "serving": {"serving", "training"},
     "hpo": {"hpo", "training", "serving"},
 }
-SERVING_TAKES = {"training.artifact", "training.model"}
+# What an artifact is, how a base and an adapter are loaded; nothing of how they were made.
+SERVING_TAKES = {f"training.{name}" for name in ("artifact", "checkpoint", "errors", "merge", "model", "recipe")}
 
 
 def files() -> list[Path]:

@@ -53,6 +53,9 @@ class Tokenized:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __add__(self, other: Tokenized) -> Tokenized:
+        return Tokenized(self.ids + other.ids, self.prompt_lengths + other.prompt_lengths, self.cut + other.cut)
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -295,6 +298,25 @@ def prompt_of(row: Row, config: DataConfig, tokenizer) -> str:
         template = template.replace("{input}\n", "")
     # Only {column} is replaced: str.format would reach attributes of values, and braces in rows stay as they are.
     return re.sub(r"\{(\w+)\}", lambda match: row.get(match[1], ""), template)
+
+
+def chat_template_of(config: DataConfig, tokenizer) -> str | None:
+    """Returns a chat template that asks as the rows did, for a model that was tuned on them; None: the tokenizer's own does.
+
+    It renders the last user message where the main column was; other columns stay empty. A completion model gets the text of
+    all messages as it is.
+    """
+    if _chats(config, tokenizer):
+        return None
+    start = "{{ bos_token }}" if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
+    if config.task == "completion" and config.template is None:
+        return start + "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    task = tasks.load(config.task)
+    template = (config.template if config.template is not None else task.TEMPLATE).replace("{input}\n", "")
+    before, name, after = re.split(r"\{(\w+)\}", template, maxsplit=1)
+    before, after = (re.sub(r"\{\w+\}", "", part) for part in (before, after))
+    asked = "{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}"
+    return f"{asked}{start}{{{{ {json.dumps(before)} + asked[-1]['content'] + {json.dumps(after)} }}}}"
 
 
 def template_problems(config: DataConfig) -> list[Problem]:

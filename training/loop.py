@@ -302,7 +302,8 @@ def _train(job: Job, report: Report, world: World, device: str, ledger: _Ledger)
     shape = describe(recipe.model, recipe.revision)
     tokenizer = load_tokenizer(recipe)
     prepared = prepare(read(job.data), job.data, tokenizer, recipe.max_length, cache=job.cache)
-    rows, held_out = prepared.train, sample(prepared.validation, job.evaluation.rows, seed=0)
+    rows = prepared.train if job.rows == "train" else prepared.train + prepared.validation
+    held_out = sample(prepared.validation, job.evaluation.rows, seed=0)
     planned = plan(recipe, rows, workers=world.size)
     ledger.steps = planned.steps
     ledger.conditions |= {"micro_batch": planned.micro, "validation_rows": len(held_out), "cut_rows": rows.cut,

@@ -124,6 +124,7 @@ class Job(Frozen):
     evaluation: EvaluationConfig = EvaluationConfig()
     resources: Resources = Resources()
     limits: Limits = Limits()
+    rows: Literal["train", "all"] = Field("train", description="all trains on the validation rows too: for the final model")
     output: str | None = Field(None, description="folder for the trained adapter; None keeps nothing")
     cache: str | None = Field(None, description="folder for tokenized rows, shared by trials; None tokenizes anew")
 

@@ -115,7 +115,7 @@ def test_progress_is_told_from_the_check_to_the_end(written):
     seen = []
     run(written, on_status=lambda status: seen.append((status.phase, status.finished, status.trials)))
     phases = list(dict.fromkeys(phase for phase, _, _ in seen))
-    assert phases == ["training", "writing the report", "done"]
+    assert phases == ["starting", "training", "writing the report", "done"]
     assert [n for phase, n, _ in seen if phase == "training"] == sorted(n for phase, n, _ in seen if phase == "training")
     assert seen[-1] == ("done", 4, 4)
     assert Status().phase == "checking"
