@@ -35,6 +35,7 @@ ONLY = {
     "bitsandbytes": {"hpo/doctor.py", "training/model.py", "training/adapters.py", "training/merge.py"},
     "peft": {"training/adapters.py", "training/checkpoint.py", "training/merge.py"},
     "deepspeed": {"training/loop.py", "training/workers.py"},
+    "gguf": {"training/gguf.py"},
 }  # fmt: skip
 # The packages of this repository that each one may import; serving takes some modules of training.
 MAY = {
