@@ -1,0 +1,204 @@
+"""What a model is, for whoever finds it: the model card of a merged model.
+
+Owns: `card` (text from a record, nothing else) and `licence_of`. Must not know: where the record comes from.
+
+Only what the record holds is said; a model in a local folder is named by its last part, because a card is published.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from training.model import where_is
+
+UNKNOWN = "unknown: see the base model"
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def licence_of(model: str, revision: str | None = None) -> str | None:
+    """Returns the licence that a base model's README names in its front matter; None where it says nothing.
+
+    Args:
+        model: as in a recipe. For a Hugging Face id the README is read from the cache or the hub.
+    """
+    if model == "embedded":
+        return "apache-2.0"  # training/embedded/README.md
+    place = where_is(model)
+    path = place / "README.md" if isinstance(place, Path) else _readme(place, revision)
+    if path is None or not path.is_file():
+        return None
+    front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", path.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    found = (
+        re.search(r"^license:[ \t]*['\"]?([A-Za-z0-9][A-Za-z0-9.+_-]*)['\"]?[ \t]*$", front[1], re.MULTILINE) if front else None
+    )
+    return found[1] if found else None
+
+
+def _readme(name: str, revision: str | None) -> Path | None:
+    import huggingface_hub as hub
+
+    try:
+        return Path(hub.hf_hub_download(name, "README.md", revision=revision))
+    except Exception:  # no README, no network, offline: all mean that nothing is known
+        return None
+
+
+def card(record: dict[str, Any]) -> str:
+    """Returns a Hugging Face model card in Markdown.
+
+    Args:
+        record: `recipe` is needed; said where there: `name`, `version`, `study`, `trial`, `data` (`digest`, `task`, `rows` by
+            split), `scores` (each `who`, `accuracy`, and `low`, `high` of its 95 % interval, `loss`, `rows`), `gain` (`value`,
+            `low`, `high`, `over`: whom), `checks`, `precision`, `parameters`, `bytes` (all as `training.merge.merge` returns
+            them), `versions`, `licence` (default: the base's own).
+    """
+    recipe = record["recipe"]
+    model = str(recipe.get("model", "embedded"))
+    licence = record.get("licence") or licence_of(model, recipe.get("revision"))
+    title = f"{record.get('name', 'model')}" + (f" v{record['version']}" if record.get("version") else "")
+    parts = [_front(model, licence, recipe), f"# {_plain(title)}", _opening(record, model), _scores(record), _data(record)]
+    parts += [_recipe(recipe), _merge(record), _use(), _limits(record, licence), _made(record)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front(model: str, licence: str | None, recipe: dict) -> str:
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    # The hub knows licences by their identifiers; everything else is "other" with a name.
+    lines += [f"license: {json.dumps(licence)}"] if licence else ["license: other", f"license_name: {json.dumps(UNKNOWN)}"]
+    if not isinstance(where_is(model), Path):  # the hub links what is named here
+        lines += [f"base_model: {json.dumps(model)}"]
+    tags = ["paretune", "fine-tuned", str(recipe.get("adapter", "lora")), "safetensors"]
+    return "\n".join([*lines, "tags:", *(f"- {json.dumps(tag)}" for tag in tags), "---"])
+
+
+def _name(model: str) -> str:
+    """Returns how a base may be called in public: no folder of anybody's machine."""
+    if model == "embedded":
+        return "Paretune's embedded model"
+    return Path(model).name if isinstance(where_is(model), Path) else model
+
+
+def _opening(record: dict, model: str) -> str:
+    size = f" of {record['parameters']:,} parameters" if record.get("parameters") else ""
+    precision = f" in {PRECISIONS.get(record['precision'], record['precision'])}" if record.get("precision") else ""
+    weight = f" ({record['bytes'] / 1e6:,.1f} MB)" if record.get("bytes") else ""
+    revision = f" at revision {record['recipe']['revision']}" if record["recipe"].get("revision") else ""
+    return (
+        f"A language model{size}{precision}{weight}: {_plain(_name(model))}{_plain(revision)}, fine-tuned with an adapter that "
+        "is merged into its weights. The adapter itself is in `adapter/`."
+    )
+
+
+def _scores(record: dict) -> str:
+    if not record.get("scores"):
+        return ""
+    rows = []
+    for entry in record["scores"]:
+        span = f"{_percent(entry['low'])} to {_percent(entry['high'])}" if entry.get("low") is not None else ""
+        loss = f"{entry['loss']:.4f}" if entry.get("loss") is not None else ""
+        rows.append([entry["who"], _percent(entry["accuracy"]), span, loss, entry.get("rows", "")])
+    head = ["model", "accuracy", "95 % interval", "loss (nats per token)", "test rows"]
+    text = "## Scores\n\nOn test rows that no training and no choice saw.\n\n" + _table(head, rows)
+    if gain := record.get("gain"):
+        over = f" over {_plain(gain['over'])}" if gain.get("over") else ""
+        span = f" (95 % interval {_points(gain['low'])} to {_points(gain['high'])})" if gain.get("low") is not None else ""
+        text += f"\n\nGain{over}: {_points(gain['value'])} points{span}."
+    return text
+
+
+def _data(record: dict) -> str:
+    if not (data := record.get("data")):
+        return ""
+    lines = [f"- task: {_plain(data['task'])}"] if data.get("task") else []
+    if data.get("rows"):
+        lines += ["- rows: " + ", ".join(f"{count:,} {_plain(split)}" for split, count in data["rows"].items())]
+    lines += [f"- SHA-256 of the data and how it is read: `{_plain(data['digest'])}`"] if data.get("digest") else []
+    return "## Data\n\n" + "\n".join(lines)
+
+
+def _recipe(recipe: dict) -> str:
+    shown = {name: value for name, value in recipe.items() if value is not None} | {"model": _name(str(recipe.get("model")))}
+    return "## Recipe\n\n" + _table(["setting", "value"], [[name, _value(value)] for name, value in shown.items()])
+
+
+def _value(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _merge(record: dict) -> str:
+    if not (checks := record.get("checks")):
+        return ""
+    said = {
+        "merge": "adapter beside the dense base against merged, both in fp32",
+        "trained": f"the trial's own model at {record['recipe'].get('bits', 32)} bits against merged",
+        "stored": f"merged in fp32 against the files here ({record.get('precision', 'fp32')})",
+    }
+    rows = [[said[name], f"{checks[name]['difference']:.1e}", f"{checks[name]['bound']:.1e}"] for name in said if name in checks]
+    text = "## The merge was checked\n\n" + (
+        "The base was made dense, the adapter merged in fp32, the result cast, written, and read back without PEFT. Largest "
+        f"difference of logits at {checks['positions']:,} positions of {checks['prompts']:,} prompts, as a share of the largest "
+        f"logit ({checks['scale']:.3g}):\n\n" + _table(["compared", "difference", "bound"], rows)
+    )
+    if greedy := checks.get("greedy"):
+        text += (
+            f"\n\nGreedy answers equal to those of the trial's own model: {greedy['texts_equal']:.1%} of the texts, "
+            f"{greedy['tokens_equal']:.1%} of the tokens."
+        )
+    return text
+
+
+def _use() -> str:
+    return """## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # of this card
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
+```"""
+
+
+def _limits(record: dict, licence: str | None) -> str:
+    lines = [
+        "- It was tuned for one task and scored on rows like those it was tuned on; on anything else nothing is known.",
+        "- What is wrong, unfair or private in the base model or in the rows can come back in its answers.",
+    ]
+    if record.get("scores") and (record.get("data") or {}).get("task") != "classification":
+        lines += ["- The accuracy counts a row only where every token of the expected answer is the most likely one."]
+    if not licence:
+        lines += ["- The licence of the base model is not known here: read it before using or passing on this model."]
+    if record["recipe"].get("bits", 32) < 16:
+        lines += [f"- It was tuned on a base of {record['recipe']['bits']} bits; the weights here are those, made dense."]
+    return "## Limits\n\n" + "\n".join(lines)
+
+
+def _made(record: dict) -> str:
+    made = [f"study {_plain(record['study'])}"] if record.get("study") else []
+    made += [f"trial {_plain(record['trial'])}"] if record.get("trial") is not None else []
+    lines = [f"Made by Paretune{' from ' + ', '.join(made) if made else ''}."]
+    if record.get("versions"):
+        lines += ["Versions: " + ", ".join(f"{_plain(name)} {_plain(value)}" for name, value in record["versions"].items()) + "."]
+    return "## How it was made\n\n" + " ".join(lines)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}"
+
+
+def _plain(text: Any) -> str:
+    """Returns text that stays text in Markdown: one line, no table borders, no markup."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(str(text).split()))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell if line[0] == "---" else _plain(cell) for cell in line) + " |" for line in lines)
