@@ -65,7 +65,10 @@ class Bases:
             from training.checkpoint import load_adapter
 
             model = load_adapter(model, adapter.folder).get_base_model()  # with its adapters' layers in place
-        return _started(model, load_tokenizer(recipe), settings, f"adapter {adapter.name}")
+        tokenizer = load_tokenizer(recipe)
+        if adapter.chat_template is not None:
+            tokenizer.chat_template = adapter.chat_template
+        return _started(model, tokenizer, settings, f"adapter {adapter.name}")
 
     def keep(self, adapters: tuple[Adapter, ...]) -> None:
         """Lets go of the bases that none of these adapters stands on."""

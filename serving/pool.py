@@ -1,7 +1,7 @@
 """The models in one process: they follow the endpoint's table while requests are being answered.
 
-Owns: `Pool` (what is loaded, what answers, what is closed), `Lease`, what a replica says of itself. Must not know: HTTP, Ray, how
-a model is loaded.
+Owns: `Pool` (what is loaded, what answers, what is closed), what a replica says of itself. Must not know: HTTP, Ray, how a model
+is loaded.
 
 One thread watches the table; another one loads and closes. What answers is replaced at once, under a lock, and only by what is
 ready; a request holds its model by a lease from its first token to its last, so every answer comes from one model alone.
@@ -9,7 +9,6 @@ ready; a request holds its model by a lease from its first token to its last, so
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import gc
 import json
@@ -19,135 +18,16 @@ import secrets
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from serving.endpoint import REPLICAS, Adapter, Table, Version, read_table, replace, replicas
+from serving.endpoint import REPLICAS, Table, Version, read_table, replace, replicas
+from serving.lease import GONE, Held, Lease, Unavailable, Unknown, name_of
 from serving.traffic import Statistics, compare, pick, total
 from training.errors import InputError
 
 WATCH, SAY, RETRY = 0.5, 1.0, 60.0  # seconds between looks at the table, reports, and tries of what did not load
-STALE = 15.0  # seconds after which a silent replica is taken for dead
+STALE = 10.0  # seconds after which a silent replica is taken for dead
 GRACE = 10.0  # seconds that requests have to end when the pool is closed
-
-
-class Unknown(KeyError):
-    """No model of that name; `names` are those that can be asked for."""
-
-    def __init__(self, asked: str, names: list[str]):
-        super().__init__(asked)
-        self.names = names
-
-    def __str__(self) -> str:
-        return f"there is no model {self.args[0]!r}; there are {', '.join(self.names) or 'none'}"
-
-
-class Unavailable(Exception):
-    """The model is known but cannot answer now. `busy`: it can when others have finished, so asking again soon is worthwhile."""
-
-    def __init__(self, said: str, *, busy: bool = False):
-        super().__init__(said)
-        self.busy = busy
-
-
-@dataclass(eq=False)
-class _Held:
-    """A model in memory, or on its way into it. It stays while `active` requests hold it."""
-
-    what: Version | Adapter
-    loading: Future
-    active: int = 0
-    used: float = field(default_factory=time.monotonic)
-
-    @property
-    def engine(self):
-        return self.loading.result(0)
-
-    @property
-    def ready(self) -> bool:
-        return self.loading.done() and not self.loading.cancelled() and self.loading.exception() is None
-
-
-class Lease:
-    """A request's hold on the model that answers it; `with` or `async with` takes it and lets go.
-
-    Inside: `engine`; `label`, such as "quickstart@v3"; `version`, such as "v3" or, for an adapter, "fast". An adapter that is not
-    in memory is loaded first: `with` waits for it, `async with` leaves the loop free.
-    """
-
-    def __init__(self, pool: Pool, wanted: str | int | None, key: str):
-        self._pool, self._wanted, self._key = pool, wanted, key
-        self._held: _Held | None = None
-        self._taken = False
-
-    def __enter__(self) -> Lease:
-        self._take()
-        try:
-            self._held.loading.exception()  # waits
-            return self._checked()
-        except BaseException:
-            self.release()
-            raise
-
-    async def __aenter__(self) -> Lease:
-        self._take()
-        try:
-            if not self._held.loading.done():
-                await asyncio.wrap_future(_end_of(self._held.loading))
-            return self._checked()
-        except BaseException:
-            self.release()
-            raise
-
-    def _take(self) -> None:
-        self._held, self._taken = self._pool._hold(self._wanted, self._key), True
-
-    def _checked(self) -> Lease:
-        if not self._held.ready:
-            raise Unavailable(f"{self.label} cannot be loaded")
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.release()
-
-    async def __aexit__(self, *_) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Lets go; a second time does nothing."""
-        if self._taken:
-            self._taken = False
-            self._pool._let_go(self._held)
-
-    @property
-    def engine(self):
-        """The engine; only while the lease is held."""
-        return self._held.engine
-
-    @property
-    def version(self) -> str:
-        """What statistics are kept under."""
-        return _name_of(self._held.what)
-
-    @property
-    def label(self) -> str:
-        """The model's full name."""
-        return f"{self._pool.table.name}@{self.version}"
-
-
-def _end_of(loading: Future) -> Future:
-    # Of its own for everybody who waits: who leaves while the model is loading cancels only that, and errors are looked at later.
-    ended: Future = Future()
-    loading.add_done_callback(lambda _: ended.set_running_or_notify_cancel() and ended.set_result(None))
-    return ended
-
-
-_GONE: Future = Future()
-_GONE.set_exception(Unavailable("closed"))
-
-
-def _name_of(what: Version | Adapter) -> str:
-    return what.name if isinstance(what, Adapter) else f"v{what.version}"
 
 
 def _identity(version: Version) -> tuple[int, str, str]:
@@ -166,11 +46,11 @@ class Pool:
         self.table: Table = read_table(folder)  # the newest: limits and tokens hold at once, models when they are loaded
         self.id = f"{platform.node()}-{os.getpid()}-{secrets.token_hex(3)}"
         self._lock = threading.Lock()
-        self._versions: dict[tuple, _Held] = {}  # loaded, by identity
+        self._versions: dict[tuple, Held] = {}  # loaded, by identity
         self._route: tuple[Version, ...] = ()  # those among which shares are divided
-        self._adapters: dict[str, _Held] = {}
+        self._adapters: dict[str, Held] = {}
         self._failed: dict[tuple | str, tuple[str, float]] = {}  # identity or adapter -> reason, when it may be tried again
-        self._retired: list[_Held] = []  # closed as soon as nobody holds them
+        self._retired: list[Held] = []  # closed as soon as nobody holds them
         self._generation = self._settled = 0  # of the table that the route follows; of the last one that was gone through
         self._trouble: str | None = None  # with the table itself
         self._statistics: dict[str, Statistics] = {}
@@ -227,7 +107,7 @@ class Pool:
     def names(self) -> list[str]:
         """Returns what can be asked for: the endpoint, its versions, its adapters."""
         table = self.table
-        parts = [_name_of(what) for what in (*table.versions, *table.adapters)]
+        parts = [name_of(what) for what in (*table.versions, *table.adapters)]
         return [*([table.name] if table.versions else []), *(f"{table.name}@{part}" for part in parts)]
 
     def pick(self, model: str, key: str) -> Lease:
@@ -245,10 +125,9 @@ class Pool:
         if model not in self.names():
             raise Unknown(model, self.names())
         part = model.partition("@")[2]
-        if not part:
-            return Lease(self, None, key)
         pinned = {f"v{version.version}": version.version for version in table.versions}
-        return Lease(self, pinned.get(part, part), key)
+        wanted = pinned.get(part, part) if part else None
+        return Lease(table.name, lambda: self._hold(wanted, key), self._let_go)
 
     def record(self, version: str, **said) -> None:
         """Counts one answered request; see `Statistics.add`."""
@@ -270,18 +149,25 @@ class Pool:
         return compare(dict(sorted(found.items(), key=lambda item: (-shares.get(item[0], -1), item[0]))))
 
     def status(self) -> dict:
-        """Returns what this replica says of itself, as JSON."""
+        """Returns what this replica says of itself, as JSON.
+
+        `generation` is that of the last table it has gone through; `ready` are the versions of that table which can answer,
+        `failed` the others with reasons; `serves` is the generation that shares are taken from: an older one as long as
+        nothing of the newer one can answer.
+        """
         with self._lock:
             route = {_identity(version): version.share for version in self._route}
             known = {_identity(version): version for version in (*self.table.versions, *self._route)}
             versions = {}
             for identity, version in known.items():
-                reason = self._failed.get(identity, (None, 0))[0]
-                state = "ready" if identity in self._versions else "failed" if reason else "loading"
+                state = "ready" if identity in self._versions else "failed" if identity in self._failed else "loading"
                 versions[f"v{version.version}"] = {
-                    "state": state, "reason": reason, "digest": version.digest, "share": route.get(identity, 0),
+                    "state": state, "digest": version.digest, "share": route.get(identity, 0),
                     "running": self._versions[identity].active if identity in self._versions else 0,
                 }  # fmt: skip
+            named = [_identity(version) for version in self.table.versions]
+            failed = {str(identity[0]): self._failed[identity][0] for identity in named if identity in self._failed}
+            ready = [identity[0] for identity in named if identity in self._versions]
             adapters = {}
             for adapter in self.table.adapters:
                 held, reason = self._adapters.get(adapter.name), self._failed.get(adapter.name, (None, 0))[0]
@@ -289,9 +175,9 @@ class Pool:
                 adapters[adapter.name] = {"state": state, "reason": reason, "running": held.active if held else 0}
             return {
                 "id": self.id, "host": platform.node(), "pid": os.getpid(), "started": self._started, "time": time.time(),
-                "generation": self._generation, "table": self.table.generation, "trouble": self._trouble,
-                "versions": versions, "adapters": adapters, "closing": len(self._retired),
-                "statistics": {name: one.to_json() for name, one in self._statistics.items()},
+                "generation": self._settled, "serves": self._generation, "table": self.table.generation,
+                "trouble": self._trouble, "ready": ready, "failed": failed, "versions": versions, "adapters": adapters,
+                "closing": len(self._retired), "statistics": {name: one.to_json() for name, one in self._statistics.items()},
             }  # fmt: skip
 
     # What follows the table.
@@ -308,7 +194,7 @@ class Pool:
                 self._following = self._loads.submit(self._follow)
             now = self.status()
             states = {name: one["state"] for part in ("versions", "adapters") for name, one in now[part].items()}
-            changed = now["generation"], now["table"], now["trouble"], states
+            changed = now["generation"], now["serves"], now["table"], now["trouble"], states
             if time.monotonic() - said >= SAY or changed != before:
                 self._say()
                 said, before = time.monotonic(), changed
@@ -359,7 +245,7 @@ class Pool:
             return
         with self._lock:
             self._failed.pop(identity, None)
-            self._versions[identity] = _Held(version, done)
+            self._versions[identity] = Held(version, done)
 
     def _switch(self, table: Table) -> None:
         with self._lock:
@@ -395,13 +281,13 @@ class Pool:
         for held in ended:
             if held.ready:
                 held.engine.close()
-                held.loading = _GONE  # whoever kept a lease keeps no weights
+                held.loading = GONE  # whoever kept a lease keeps no weights
         if ended:
             gc.collect()  # models hold themselves in circles
 
     # What a request holds.
 
-    def _hold(self, wanted: str | int | None, key: str) -> _Held:
+    def _hold(self, wanted: str | int | None, key: str) -> Held:
         with self._lock:
             if isinstance(wanted, str):
                 return self._hold_adapter(wanted)
@@ -413,7 +299,7 @@ class Pool:
             held.active += 1
             return held
 
-    def _hold_adapter(self, name: str) -> _Held:
+    def _hold_adapter(self, name: str) -> Held:
         adapter = next((adapter for adapter in self.table.adapters if adapter.name == name), None)
         held = self._adapters.get(name)
         if held is not None and held.what != adapter:  # another one of that name came since
@@ -428,12 +314,12 @@ class Pool:
                     raise Unavailable("all adapters in memory are in use", busy=True)
                 least = min(idle, key=lambda other: self._adapters[other].used)
                 self._retired.append(self._adapters.pop(least))
-            held = self._adapters[name] = _Held(adapter, Future())
+            held = self._adapters[name] = Held(adapter, Future())
             self._loads.submit(self._load_adapter, held)
         held.active += 1
         return held
 
-    def _load_adapter(self, held: _Held) -> None:
+    def _load_adapter(self, held: Held) -> None:
         self._close_retired()  # first: its memory may be needed
         name = held.what.name
         try:
@@ -449,7 +335,7 @@ class Pool:
             self._failed.pop(name, None)
         held.loading.set_result(engine)
 
-    def _let_go(self, held: _Held) -> None:
+    def _let_go(self, held: Held) -> None:
         with self._lock:
             held.active -= 1
             held.used = time.monotonic()
@@ -461,9 +347,7 @@ class Pool:
 
 
 def _said(error: Exception) -> str:
-    return (
-        str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
-    )
+    return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _again(error: Exception) -> float:
