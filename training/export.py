@@ -14,7 +14,7 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from training import artifact, gguf
+from training import artifact, gguf, gguf_tokens
 from training.errors import InputError, wrong
 from training.model import EMBEDDED
 
@@ -144,6 +144,9 @@ def rows(count: int = ROWS) -> list[str]:
 def compare(folder: Path, path: Path, text: Sequence[str], bounds: tuple[float, float]) -> dict:
     """Compares a GGUF file, read by transformers' own loader, with the model it was made from; both in float32 on the CPU.
 
+    Two things that llama.cpp reads and transformers does not are taken from the model: the divided frequencies of Llama 3 and
+    the splitting rule of SmolLM.
+
     Returns:
         `rows` and `tokens` compared; `logit_difference`, the largest, beside `logit_scale`, the largest logit; `perplexity` of
         the file beside `perplexity_before`; `bounds` as shares of the scale and of the perplexity.
@@ -157,7 +160,8 @@ def compare(folder: Path, path: Path, text: Sequence[str], bounds: tuple[float, 
     given = {"local_files_only": True, "trust_remote_code": False}
     before = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **given).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, **given)
-    after, reader = gguf.read(path)
+    after, reader = gguf.read(path, like=before.config)
+    gguf_tokens.restore(reader, tokenizer)
     difference = scale = 0.0
     loss, tokens, used = [0.0, 0.0], 0, 0
     for number, row in enumerate(text):

@@ -95,18 +95,26 @@ def write(folder: Path, path: Path, *, eight_bits: bool, name: str, about: dict[
     return {"architecture": architecture, "tokenizer": pre, "left_at_f16": left}
 
 
-def read(path: Path, *, tokenizer: bool = True):
+def read(path: Path, *, like=None):
     """Returns the model in float32 and the tokenizer that transformers' own loader reads from a GGUF file.
 
-    The tokenizer is None where it is not asked for.
+    Args:
+        path: of the file.
+        like: the configuration that it was written from. transformers does not read the divided frequencies of Llama 3 (llama.cpp
+            does), so that these alone are taken from it.
     """
     import torch
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     given = {"gguf_file": path.name, "local_files_only": True}
-    model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, trust_remote_code=False, **given)
+    config = AutoConfig.from_pretrained(path.parent, **given)
+    if like is not None and (like.rope_parameters or {}).get("rope_type") == "llama3":
+        config.rope_parameters = like.rope_parameters
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, config=config, dtype=torch.float32, trust_remote_code=False, **given
+    )
     # Not AutoTokenizer: for a Llama it takes the class with SentencePiece's rules, also where the file names others.
-    return model.eval(), PreTrainedTokenizerFast.from_pretrained(path.parent, **given) if tokenizer else None
+    return model.eval(), PreTrainedTokenizerFast.from_pretrained(path.parent, **given)
 
 
 def _config(folder: Path):
@@ -121,7 +129,7 @@ def _config(folder: Path):
     window = getattr(config, "sliding_window", None)
     windowed = getattr(config, "use_sliding_window", window is not None)
     reasons = {
-        f"rope type {rope.get('rope_type')}": rope.get("rope_type", "default") != "default",
+        f"rope type {rope.get('rope_type')}": rope.get("rope_type", "default") not in ("default", "llama3"),
         "biased attention": getattr(config, "attention_bias", False),
         "biased feed-forward layers": getattr(config, "mlp_bias", False),
         f"the activation {config.hidden_act}": config.hidden_act != "silu",
@@ -135,6 +143,20 @@ def _config(folder: Path):
 
 def _head(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _slower(config):
+    """Returns by what each frequency of Llama 3's position embedding is divided, float32 (head / 2); None where there is none."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = config.rope_parameters or {}
+    if rope.get("rope_type") != "llama3":
+        return None
+    import numpy
+
+    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    steps = numpy.arange(0, _head(config), 2, dtype=numpy.float64) / _head(config)
+    return (float(rope["rope_theta"]) ** -steps / frequencies.double().numpy()).astype(numpy.float32)
 
 
 def _add_settings(writer, config, name: str, file_type: int) -> None:
@@ -186,6 +208,9 @@ def _add_tensors(writer, gguf, path: Path, tensors: list[Tensor], config) -> Non
     import numpy
     from safetensors import safe_open
 
+    slower = _slower(config)
+    if slower is not None:
+        writer.add_tensor_info("rope_freqs.weight", slower.shape, slower.dtype, slower.nbytes)
     for tensor in tensors:
         form = gguf.GGMLQuantizationType[tensor.form]
         block, size = gguf.GGML_QUANT_SIZES[form]
@@ -196,6 +221,8 @@ def _add_tensors(writer, gguf, path: Path, tensors: list[Tensor], config) -> Non
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    if slower is not None:
+        writer.write_tensor_data(slower)
     turned = ARCHITECTURES[config.model_type] == "llama"
     for tensor in tensors:
         with safe_open(tensor.file, "pt") as opened:

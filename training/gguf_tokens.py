@@ -1,6 +1,6 @@
 """A model's tokenizer in the words of a GGUF file.
 
-Owns: `vocabulary`: tokens, their types, merges or scores, the name of the splitting rule; which tokenizers have none.
+Owns: `vocabulary` (tokens, their types, merges or scores, the name of the splitting rule), `restore`; which tokenizers have none.
 Must not know: weights, how a file is laid out.
 """
 
@@ -67,6 +67,12 @@ def vocabulary(folder: Path, size: int):
     return add
 
 
+def restore(reader, tokenizer) -> None:
+    """Gives the splitting rule to a tokenizer that transformers read from a file, where it does not know the rule's name."""
+    if _named(json.loads(tokenizer.backend_tokenizer.to_str())) == ("gpt2", "smollm"):
+        reader.backend_tokenizer.pre_tokenizer = tokenizer.backend_tokenizer.pre_tokenizer
+
+
 def _named(rules: dict) -> tuple[str, str]:
     """Returns the tokenizer's kind and the name of its splitting rule in the format.
 
@@ -86,6 +92,9 @@ def _named(rules: dict) -> tuple[str, str]:
         raise _nameless("its splitting rule")
     if len(steps) == 1 and level.get("use_regex", True) and normalizer is None and not model.get("ignore_merges"):
         return "gpt2", "gpt-2"
+    digits = {"type": "Digits", "individual_digits": True}
+    if steps[:-1] == [digits] and level.get("use_regex", True) and normalizer is None and not model.get("ignore_merges"):
+        return "gpt2", "smollm"
     if len(steps) == 2 and steps[0].get("type") == "Split" and not level.get("use_regex", True):
         pre = SPLITS.get(steps[0]["pattern"].get("Regex"), "")
         # llama.cpp does not compose characters as Qwen's tokenizer does: text that is already composed is the same in both.
@@ -96,7 +105,7 @@ def _named(rules: dict) -> tuple[str, str]:
 
 
 def _nameless(what: str) -> InputError:
-    known = ", ".join(["gpt-2", *SPLITS.values(), "SentencePiece's"])
+    known = ", ".join(["gpt-2", "smollm", *SPLITS.values(), "SentencePiece's"])
     return wrong("export", f"the tokenizer cannot be written: {what} has no name in GGUF (known here: {known}).", INSTEAD)
 
 

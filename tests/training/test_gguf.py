@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from training import export, gguf
+from training import export, gguf, gguf_tokens
 from training.errors import InputError
 from training.model import EMBEDDED
 
@@ -30,6 +30,11 @@ AWKWARD = (
     "a_b-c/d\\e {f} [g] #1",
 )
 
+LLAMA_3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def shapes(save_model, special) -> dict[str, str]:
@@ -39,6 +44,7 @@ def shapes(save_model, special) -> dict[str, str]:
     found = {
         "llama": save_model("untied", LlamaConfig(**small, num_key_value_heads=2, tie_word_embeddings=False, rope_theta=5000.0)),
         "wide heads": save_model("wide", LlamaConfig(**small, num_key_value_heads=1, head_dim=32, rms_norm_eps=1e-5)),
+        "llama 3": save_model("llama3", LlamaConfig(**small, num_key_value_heads=2, head_dim=32, rope_parameters=LLAMA_3)),
         "mistral": save_model("mistral", MistralConfig(**small, num_key_value_heads=2, sliding_window=None)),
         # Room for the token that transformers adds to every Qwen2, and numbers that no token has.
         "qwen2": save_model(
@@ -80,12 +86,26 @@ def refused(folder, tmp_path, **given) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["llama", "wide heads", "mistral", "qwen2"])
+@pytest.mark.parametrize("name", ["llama", "wide heads", "llama 3", "mistral", "qwen2"])
 def test_every_shape_reads_back_with_its_logits(name, shapes, tmp_path):
     path = tmp_path / "m.gguf"
     gguf.write(Path(shapes[name]), path, eight_bits=False, name="m")
     check = export.compare(Path(shapes[name]), path, export.rows(8), (1e-5, 1e-5))
     assert check["logit_scale"] > 1
+
+
+def test_the_divided_frequencies_of_llama_3_are_in_the_file(shapes, tmp_path):
+    import gguf as package
+    from transformers import AutoConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    folder = Path(shapes["llama 3"])
+    gguf.write(folder, tmp_path / "m.gguf", eight_bits=True, name="m")
+    stored = {tensor.name: tensor.data for tensor in package.GGUFReader(tmp_path / "m.gguf").tensors}["rope_freqs.weight"]
+    plain = 10000.0 ** -(torch.arange(0, 32, 2) / 32)
+    divided = LlamaRotaryEmbedding(AutoConfig.from_pretrained(folder)).inv_freq
+    assert torch.allclose(plain / torch.tensor(stored), divided, rtol=1e-5)
+    assert stored[0] == pytest.approx(1.0) and stored[-1] == pytest.approx(8.0)
 
 
 def test_half_the_bits_are_about_half_the_bytes(tmp_path):
@@ -97,35 +117,48 @@ def test_half_the_bits_are_about_half_the_bytes(tmp_path):
     assert 0.5 < sizes[1] / sizes[0] < 0.56
 
 
-@pytest.mark.parametrize("rule", ["gpt-2", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("rule", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
 def test_awkward_text_is_cut_into_the_same_tokens(rule, changed, tmp_path):
+    from transformers import AutoTokenizer
+
     folder = changed(EMBEDDED, tokenizer=split_by(rule))
     path = tmp_path / "m.gguf"
     assert gguf.write(folder, path, eight_bits=True, name="m")["tokenizer"] == f"gpt2/{rule}"
-    assert_same_tokens(folder, gguf.read(path)[1])
-
-
-def split_by(rule: str):
-    from training.gguf_tokens import SPLITS
-
-    def edit(content: dict) -> None:
-        pattern = {name: pattern for pattern, name in SPLITS.items()}.get(rule)
-        if pattern:
-            level = content["pre_tokenizer"] | {"use_regex": False}
-            split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-            content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, level]}
-            content["model"]["ignore_merges"] = rule == "llama-bpe"
-
-    return edit
-
-
-def assert_same_tokens(folder: Path, reader) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer, reader = AutoTokenizer.from_pretrained(folder), gguf.read(path)[1]
+    assert tokenizer.tokenize("12345/d") == PIECES[rule]
+    gguf_tokens.restore(reader, tokenizer)
     for text in (*export.rows(), *AWKWARD):
         assert reader(text)["input_ids"] == tokenizer(text)["input_ids"], text
     assert (reader.bos_token_id, reader.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+
+
+PIECES = {
+    "gpt-2": ["1234", "5", "/", "d"],
+    "smollm": ["1", "2", "3", "4", "5", "/", "d"],
+    "llama-bpe": ["123", "4", "5", "/d"],
+    "qwen2": ["1", "2", "3", "4", "5", "/d"],
+}
+
+
+def split_by(rule: str):
+    """Edits the embedded tokenizer: another splitting rule, and four merges that only some of the rules let happen."""
+
+    def edit(content: dict) -> None:
+        pattern = {name: pattern for pattern, name in gguf_tokens.SPLITS.items()}.get(rule)
+        if rule == "smollm":
+            steps = [{"type": "Digits", "individual_digits": True}, content["pre_tokenizer"]]
+            content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+        elif pattern:
+            level = content["pre_tokenizer"] | {"use_regex": False}
+            split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+            content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, level]}
+        model = content["model"]
+        model["ignore_merges"] = rule == "llama-bpe"
+        vocabulary = sorted(model["vocab"], key=model["vocab"].get)[:-4]  # the last tokens are those of the last merges
+        model["vocab"] = {token: number for number, token in enumerate([*vocabulary, "12", "123", "1234", "/d"])}
+        model["merges"] = [["1", "2"], ["12", "3"], ["123", "4"], ["/", "d"], *model["merges"][:-4]]
+
+    return edit
 
 
 def test_the_chat_template_and_the_special_tokens_come_along(tmp_path):
@@ -178,7 +211,7 @@ def spaced(content: dict) -> None:
 
 
 def by_digits(content: dict) -> None:
-    steps = [{"type": "Digits", "individual_digits": True}, content["pre_tokenizer"]]
+    steps = [{"type": "Digits", "individual_digits": False}, content["pre_tokenizer"]]
     content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
 
 
@@ -221,8 +254,9 @@ def test_without_the_package_the_user_is_told_what_to_install(monkeypatch, tmp_p
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     ("name", "eight_bits", "bound"),
-    [("embedded", False, 0.005), ("embedded", True, 0.1), ("llama-bpe", False, 0.005), ("qwen2 split", False, 0.005),
-     ("qwen2", False, 0.005), ("stories", False, 0.005), ("stories", True, 0.1)],
+    [("embedded", False, 0.005), ("embedded", True, 0.1), ("gpt-2 split", False, 0.005), ("smollm split", False, 0.005),
+     ("llama-bpe split", False, 0.005), ("qwen2 split", False, 0.005), ("qwen2", False, 0.005),
+     ("llama 3", False, 0.005), ("stories", False, 0.005), ("stories", True, 0.1)],
 )  # fmt: skip
 def test_llama_cpp_reads_the_file(name, eight_bits, bound, changed, shapes, tmp_path):
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (it compiles): paretune[llama-cpp]")
@@ -230,11 +264,10 @@ def test_llama_cpp_reads_the_file(name, eight_bits, bound, changed, shapes, tmp_
 
     if name == "stories" and not STORIES.is_dir():
         pytest.skip(f"{STORIES} is not there; set PARETUNE_SHARED to a folder with models/stories260K/hf")
-    rules = {"llama-bpe": "llama-bpe", "qwen2 split": "qwen2"}
-    if name in rules:
-        folder = changed(EMBEDDED, tokenizer=split_by(rules[name]))
+    if name.endswith(" split"):
+        folder = changed(EMBEDDED, tokenizer=split_by(name.removesuffix(" split")))
     else:
-        folder = {"embedded": EMBEDDED, "stories": STORIES, "qwen2": Path(shapes["qwen2"])}[name]
+        folder = {"embedded": EMBEDDED, "stories": STORIES, **{key: Path(value) for key, value in shapes.items()}}[name]
     path = tmp_path / "m.gguf"
     gguf.write(folder, path, eight_bits=eight_bits, name="m")
     before = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -243,7 +276,7 @@ def test_llama_cpp_reads_the_file(name, eight_bits, bound, changed, shapes, tmp_
     try:
         difference = scale = 0.0
         loss, tokens = [0.0, 0.0], 0
-        for text in (*export.rows(), *AWKWARD):
+        for text in (*export.rows(), *AWKWARD, "12345/d"):
             ids = tokenizer(text)["input_ids"]
             # Text is text here: what looks like a special token is one only for transformers.
             if "<|" not in text:
