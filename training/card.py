@@ -17,6 +17,15 @@ from training.model import where_is
 
 UNKNOWN = "unknown: see the base model"
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+USE = """## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # of this card
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
+```"""
 
 
 def licence_of(model: str, revision: str | None = None) -> str | None:
@@ -51,17 +60,18 @@ def card(record: dict[str, Any]) -> str:
     """Returns a Hugging Face model card in Markdown.
 
     Args:
-        record: `recipe` is needed; said where there: `name`, `version`, `study`, `trial`, `data` (`digest`, `task`, `rows` by
-            split), `scores` (each `who`, `accuracy`, and `low`, `high` of its 95 % interval, `loss`, `rows`), `gain` (`value`,
-            `low`, `high`, `over`: whom), `checks`, `precision`, `parameters`, `bytes` (all as `training.merge.merge` returns
-            them), `versions`, `licence` (default: the base's own).
+        record: what is known of the model. Needed: `lineage` with the `recipe`. Said where there: `name`, `version`;
+            of the lineage `study`, `trial`, `rows` (train, or all: with the validation rows), `data` (a DataConfig), `digest`,
+            `machine`; `why` and `refused`; `scores` (each `who`, `rows`, `accuracy` with its 95 % interval as `value`, `low`,
+            `high`, and `loss`), `gain` over the untuned base (likewise); `checks`, `parameters`, `bytes` as
+            `training.merge.merge` returns them; `licence` (default: the base's own).
     """
-    recipe = record["recipe"]
+    recipe = record["lineage"]["recipe"]
     model = str(recipe.get("model", "embedded"))
     licence = record.get("licence") or licence_of(model, recipe.get("revision"))
     title = f"{record.get('name', 'model')}" + (f" v{record['version']}" if record.get("version") else "")
-    parts = [_front(model, licence, recipe), f"# {_plain(title)}", _opening(record, model), _scores(record), _data(record)]
-    parts += [_recipe(recipe), _merge(record), _use(), _limits(record, licence), _made(record)]
+    parts = [_front(model, licence, recipe), f"# {_plain(title)}", _opening(record, model), _scores(record)]
+    parts += [_data(record["lineage"]), _recipe(recipe), _merge(record), USE, _limits(record, licence), _made(record)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -84,12 +94,14 @@ def _name(model: str) -> str:
 
 def _opening(record: dict, model: str) -> str:
     size = f" of {record['parameters']:,} parameters" if record.get("parameters") else ""
-    precision = f" in {PRECISIONS.get(record['precision'], record['precision'])}" if record.get("precision") else ""
+    precision = (record.get("checks") or {}).get("precision")
+    kind = f" in {PRECISIONS.get(precision, precision)}" if precision else ""
     weight = f" ({record['bytes'] / 1e6:,.1f} MB)" if record.get("bytes") else ""
-    revision = f" at revision {record['recipe']['revision']}" if record["recipe"].get("revision") else ""
+    revision = record["lineage"]["recipe"].get("revision")
+    at = f" at revision {_plain(revision)}" if revision else ""
     return (
-        f"A language model{size}{precision}{weight}: {_plain(_name(model))}{_plain(revision)}, fine-tuned with an adapter that "
-        "is merged into its weights. The adapter itself is in `adapter/`."
+        f"A language model{size}{kind}{weight}: {_plain(_name(model))}{at}, fine-tuned with an adapter that is merged into its "
+        "weights. The adapter itself is in `adapter/`."
     )
 
 
@@ -98,26 +110,28 @@ def _scores(record: dict) -> str:
         return ""
     rows = []
     for entry in record["scores"]:
-        span = f"{_percent(entry['low'])} to {_percent(entry['high'])}" if entry.get("low") is not None else ""
-        loss = f"{entry['loss']:.4f}" if entry.get("loss") is not None else ""
-        rows.append([entry["who"], _percent(entry["accuracy"]), span, loss, entry.get("rows", "")])
+        accuracy, loss = entry["accuracy"], entry.get("loss")
+        span = f"{_percent(accuracy['low'])} to {_percent(accuracy['high'])}"
+        rows.append([entry["who"], _percent(accuracy["value"]), span, "" if loss is None else f"{loss:.4f}", entry["rows"]])
     head = ["model", "accuracy", "95 % interval", "loss (nats per token)", "test rows"]
-    text = "## Scores\n\nOn test rows that no training and no choice saw.\n\n" + _table(head, rows)
+    text = "## Scores\n\nOn test rows that no training saw. The last one is this model.\n\n" + _table(head, rows)
     if gain := record.get("gain"):
-        over = f" over {_plain(gain['over'])}" if gain.get("over") else ""
-        span = f" (95 % interval {_points(gain['low'])} to {_points(gain['high'])})" if gain.get("low") is not None else ""
-        text += f"\n\nGain{over}: {_points(gain['value'])} points{span}."
+        span = f"95 % interval {_points(gain['low'])} to {_points(gain['high'])}, paired over the rows"
+        text += f"\n\nGain over the untuned base: {_points(gain['value'])} points ({span})."
+    if record.get("why"):
+        text += f"\n\nKept: {_plain(record['why'])}."
+    if record.get("refused"):
+        text += f"\n\n**Below its own thresholds**: {_plain(record['refused'])}."
     return text
 
 
-def _data(record: dict) -> str:
-    if not (data := record.get("data")):
-        return ""
-    lines = [f"- task: {_plain(data['task'])}"] if data.get("task") else []
-    if data.get("rows"):
-        lines += ["- rows: " + ", ".join(f"{count:,} {_plain(split)}" for split, count in data["rows"].items())]
-    lines += [f"- SHA-256 of the data and how it is read: `{_plain(data['digest'])}`"] if data.get("digest") else []
-    return "## Data\n\n" + "\n".join(lines)
+def _data(lineage: dict) -> str:
+    trained = {"train": "the training rows", "all": "the training and the validation rows"}.get(lineage.get("rows"))
+    task = (lineage.get("data") or {}).get("task")
+    lines = [f"- task: {_plain(task)}"] if task else []
+    lines += [f"- trained on {trained}"] if trained else []
+    lines += [f"- SHA-256 of the rows and of how they are read: `{_plain(lineage['digest'])}`"] if lineage.get("digest") else []
+    return "## Data\n\n" + "\n".join(lines) if lines else ""
 
 
 def _recipe(recipe: dict) -> str:
@@ -134,8 +148,8 @@ def _merge(record: dict) -> str:
         return ""
     said = {
         "merge": "adapter beside the dense base against merged, both in fp32",
-        "trained": f"the trial's own model at {record['recipe'].get('bits', 32)} bits against merged",
-        "stored": f"merged in fp32 against the files here ({record.get('precision', 'fp32')})",
+        "trained": f"the trial's own model at {record['lineage']['recipe'].get('bits', 32)} bits against merged",
+        "stored": f"merged in fp32 against the files here ({checks.get('precision', 'fp32')})",
     }
     rows = [[said[name], f"{checks[name]['difference']:.1e}", f"{checks[name]['bound']:.1e}"] for name in said if name in checks]
     text = "## The merge was checked\n\n" + (
@@ -151,39 +165,28 @@ def _merge(record: dict) -> str:
     return text
 
 
-def _use() -> str:
-    return """## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "."  # of this card
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
-```"""
-
-
 def _limits(record: dict, licence: str | None) -> str:
     lines = [
         "- It was tuned for one task and scored on rows like those it was tuned on; on anything else nothing is known.",
         "- What is wrong, unfair or private in the base model or in the rows can come back in its answers.",
     ]
-    if record.get("scores") and (record.get("data") or {}).get("task") != "classification":
+    if record.get("scores") and (record["lineage"].get("data") or {}).get("task") != "classification":
         lines += ["- The accuracy counts a row only where every token of the expected answer is the most likely one."]
     if not licence:
         lines += ["- The licence of the base model is not known here: read it before using or passing on this model."]
-    if record["recipe"].get("bits", 32) < 16:
-        lines += [f"- It was tuned on a base of {record['recipe']['bits']} bits; the weights here are those, made dense."]
+    if (bits := record["lineage"]["recipe"].get("bits", 32)) < 16:
+        lines += [f"- It was tuned on a base of {bits} bits; the weights here are those, made dense."]
     return "## Limits\n\n" + "\n".join(lines)
 
 
 def _made(record: dict) -> str:
-    made = [f"study {_plain(record['study'])}"] if record.get("study") else []
-    made += [f"trial {_plain(record['trial'])}"] if record.get("trial") is not None else []
-    lines = [f"Made by Paretune{' from ' + ', '.join(made) if made else ''}."]
-    if record.get("versions"):
-        lines += ["Versions: " + ", ".join(f"{_plain(name)} {_plain(value)}" for name, value in record["versions"].items()) + "."]
-    return "## How it was made\n\n" + " ".join(lines)
+    lineage = record["lineage"]
+    made = [f"study {_plain(lineage['study'])}"] if lineage.get("study") else []
+    made += [f"trial {_plain(lineage['trial'])}"] if lineage.get("trial") is not None else []
+    text = f"Made by Paretune{' from ' + ', '.join(made) if made else ''}."
+    if machine := lineage.get("machine"):
+        text += " On: " + ", ".join(f"{_plain(name)} {_plain(value)}" for name, value in machine.items()) + "."
+    return "## How it was made\n\n" + text
 
 
 def _percent(share: float) -> str:

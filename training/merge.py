@@ -1,6 +1,6 @@
 """An adapter and its base become one plain model, and what was written is proved to be what was trained.
 
-Owns: `dense_base`, `merge`, `package`. Called on a worker by dotted name;
+Owns: `dense_base`, `merge`, `package`, `difference`. Called on a worker by dotted name;
 takes and returns JSON. Must not know: studies, endpoints.
 
 The base is made dense first, the adapter is merged in fp32 and only then cast: merging into 4 or 8 bits would quantize a second
@@ -11,6 +11,7 @@ where a bound is broken nothing is left behind.
 from __future__ import annotations
 
 import gc
+import math
 import os
 import shutil
 from pathlib import Path
@@ -26,6 +27,7 @@ from training.model import load_model, load_tokenizer
 from training.recipe import Recipe
 
 MERGED, MODEL = "merged", "model"
+CHAT = "chat_template.jinja"  # where transformers looks first
 SERVED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROMPTS = (
     "Good morning, I would like to ask you something about my last order.",
@@ -86,10 +88,11 @@ def merge(recipe: dict, adapter: str, output: str, *, precision: str = "fp32", p
         precision: of the weights as served: fp32, bf16 or fp16.
         prompts: real ones, as the model is asked (rendered templates); default: a few plain sentences.
         record: what the manifest says besides.
-        device: where the models are compared.
+        device: where the adapter was trained, so that the base is quantized in the same way; the models are compared there.
 
     Returns:
-        `folder`, `digest`, `parameters`, `bytes` (of the weights' files) and `checks`: the number of `prompts` and `positions`,
+        `folder`, `digest`, `parameters`, `bytes` (of the weights' files), `answers` (the greedy texts of what was written, at
+        most 32 tokens each, in the order of the prompts) and `checks`: `precision`, the number of `prompts` and `positions`,
         `scale` (the largest |logit|), and each `difference` (a share of it) with its `bound`: `merge` (adapter beside the dense
         base against merged, both fp32), `trained` (the trial's own model against merged), `stored` (merged against what was
         written and read back); `greedy`: shares of equal answers and answer tokens, between the trial's model and the stored.
@@ -108,7 +111,7 @@ def merge(recipe: dict, adapter: str, output: str, *, precision: str = "fp32", p
     def fill(aside: Path) -> dict:
         found.update(_merge_into(aside, given, proven.folder, precision, prompts or list(PROMPTS), device))
         own = {"kind": MERGED, "recipe": given.model_dump(mode="json"), "adapter": proven.digest, "precision": precision}
-        return (record or {}) | own | found
+        return (record or {}) | own | {name: value for name, value in found.items() if name != "answers"}
 
     written = artifact.write(output, fill)
     return {"folder": str(written.folder), "digest": written.digest} | found
@@ -150,7 +153,8 @@ def _merge_into(folder: Path, recipe: Recipe, adapter: Path, precision: str, pro
     model = _merged(beside)
     _same_tensors(shapes, model)
     merged = see(model, exam.batch)
-    checks: dict[str, Any] = {"prompts": len(prompts), "positions": int(merged.counts.sum()), "scale": merged.scale}
+    checks: dict[str, Any] = {"precision": precision, "prompts": len(prompts), "positions": int(merged.counts.sum())}
+    checks["scale"] = merged.scale
     checks["merge"] = differ("merged and adapter beside the dense base", unmerged, merged, EXACT)
     checks["trained"] = differ(f"merged and the trial's own model at {recipe.bits} bits", trained, merged, bound_of(recipe))
     del unmerged
@@ -163,9 +167,14 @@ def _merge_into(folder: Path, recipe: Recipe, adapter: Path, precision: str, pro
     stored = see(served, exam.batch)
     checks["stored"] = differ(f"as written in {precision} and merged in fp32", merged, stored, STORED[precision])
     exact = precision == "fp32" and bound_of(recipe) == EXACT
-    checks["greedy"] = same_answers(trained, stored, exam.answers, greedy(served, exam.asked, tokenizer), exact=exact)
-    parameters = sum(p.numel() for p in model.parameters())
-    return {"checks": checks, "parameters": parameters, "bytes": sum(p.stat().st_size for p in folder.glob("*.safetensors"))}
+    again = greedy(served, exam.asked, tokenizer)
+    checks["greedy"] = same_answers(trained, stored, exam.answers, again, exact=exact)
+    return {
+        "checks": checks,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        "answers": tokenizer.batch_decode(again, skip_special_tokens=True),
+    }
 
 
 def _merged(beside):
@@ -210,7 +219,9 @@ def _read_back(folder: Path, model, precision: str, tokenizer, exam: Exam):
     return served
 
 
-def package(merged: str, adapter: str, card: str, output: str, record: dict) -> dict[str, str]:
+def package(
+    merged: str, adapter: str, card: str, output: str, record: dict, *, chat_template: str | None = None
+) -> dict[str, str]:
     """Puts a merged model, its adapter and its card into one artifact of kind "model"; returns `folder` and `digest`.
 
     Files are linked where the file system allows, so a package costs no second copy of the weights.
@@ -218,6 +229,7 @@ def package(merged: str, adapter: str, card: str, output: str, record: dict) -> 
     Args:
         card: the text of the model card.
         record: what the manifest says besides what it says of the merge.
+        chat_template: asks as the model was asked in training; default: the base's own.
 
     Raises:
         InputError: one of the folders is not what was written, or the adapter is not the one that was merged.
@@ -235,11 +247,57 @@ def package(merged: str, adapter: str, card: str, output: str, record: dict) -> 
         for name in (*trained.manifest["files"], artifact.MANIFEST):
             _link(trained.folder / name, aside / "adapter" / name)
         (aside / "README.md").write_text(card, encoding="utf-8")
+        if chat_template is not None:
+            (aside / CHAT).unlink(missing_ok=True)  # a link: writing into it would change the merged model
+            (aside / CHAT).write_text(chat_template, encoding="utf-8")
         told = {name: value for name, value in model.manifest.items() if name != "files"}
         return told | record | {"kind": MODEL}
 
     written = artifact.write(output, fill)
     return {"folder": str(written.folder), "digest": written.digest}
+
+
+def difference(one: str, other: str) -> dict[str, Any]:
+    """Returns how far the weights of two merged or packaged models are apart, after verifying both.
+
+    Returns:
+        `largest`: the largest |difference| of a weight as a share of the largest |weight| of its tensor; `tensor`: where.
+
+    Raises:
+        InputError: one of them is not what was written or not finite, or their tensors are not the same.
+    """
+    tensors = [_tensors(artifact.verify(folder, what="model").folder) for folder in (one, other)]
+    if different := sorted(tensors[0].keys() ^ tensors[1].keys()):
+        raise wrong(different[0], f"and {len(different) - 1} more tensors are in one of the models only.")
+    largest, where = 0.0, next(iter(tensors[0]), "")
+    for name in sorted(tensors[0]):
+        a, b = (_read(each[name], name) for each in tensors)
+        if a.shape != b.shape:
+            raise wrong(name, f"has shape {list(a.shape)} in one model and {list(b.shape)} in the other.")
+        apart = ((a - b).abs().max() / a.abs().max().clamp(min=1e-12)).item() if a.numel() else 0.0
+        if not math.isfinite(apart):
+            raise wrong(name, "has NaN or infinite values in one of the models.")
+        if apart > largest:
+            largest, where = apart, name
+    return {"largest": largest, "tensor": where}
+
+
+def _tensors(folder: Path) -> dict[str, Path]:
+    """Returns in which file each tensor of a model is."""
+    from safetensors import safe_open
+
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= dict.fromkeys(file.keys(), path)
+    return found
+
+
+def _read(path: Path, name: str) -> torch.Tensor:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name).float()
 
 
 def _link(source: Path, target: Path) -> None:
@@ -250,4 +308,4 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-__all__ = ["dense_base", "merge", "package"]
+__all__ = ["dense_base", "difference", "merge", "package"]

@@ -113,6 +113,7 @@ def test_a_merged_model_is_the_one_that_was_trained(kind, served, train, prompts
         if served == "fp32":
             assert checks["greedy"] == {"texts_equal": 1.0, "tokens_equal": 1.0, "bound": 1.0}
     assert checks["stored"]["difference"] == 0 or served != "fp32"
+    assert checks["precision"] == served and len(found["answers"]) == 8 and not any("<|" in answer for answer in found["answers"])
     manifest = artifact.verify(tmp_path / "m").manifest
     assert manifest["kind"] == "merged" and manifest["study"] == "s" and manifest["checks"] == checks
     assert found["digest"] == artifact.verify(found["folder"]).digest and found["parameters"] == 795_520
@@ -192,11 +193,12 @@ for prompt in sys.argv[2:]:
 
 def test_plain_transformers_without_peft_gives_the_adapters_own_text(train, prompts, tmp_path):
     recipe, folder = train(bits=4)
-    merge.merge(recipe, folder, str(tmp_path / "m"), prompts=prompts)
+    found = merge.merge(recipe, folder, str(tmp_path / "m"), prompts=prompts)
     done = subprocess.run([sys.executable, "-c", READ, str(tmp_path / "m"), *prompts[:3]],
                           capture_output=True, text=True, timeout=120, check=True)  # fmt: skip
     own, tokenizer = load_adapter(load_model(Recipe(**recipe)), folder), load_tokenizer(Recipe())
     exam = agreement.set_exam(own, prompts[:3], tokenizer, longest=200)
+    assert done.stdout.splitlines() == [repr(answer) for answer in found["answers"][:3]]
     assert done.stdout.splitlines() == [repr(tokenizer.decode(a, skip_special_tokens=True)) for a in exam.answers]
     config = (tmp_path / "m" / "config.json").read_text()
     assert "quantization" not in config and str(ROOT) not in config and str(folder) not in config
@@ -361,6 +363,40 @@ def test_a_package_is_a_plain_model_with_its_adapter_and_card(merged, tmp_path):
     artifact.verify(model.folder)
     own = load_adapter(load_model(Recipe()), model.folder / "adapter")  # still a checkpoint of its own
     assert apart(logits(own), logits(plain(model.folder))) < 1e-5
+
+
+def test_a_package_asks_as_the_model_was_asked_and_the_merged_model_stays_as_it_was(merged, tmp_path):
+    from transformers import AutoTokenizer
+
+    found = merge.package(*merged, "", str(tmp_path / "k"), {}, chat_template="Q {{ messages[0]['content'] }} A")
+    asked = AutoTokenizer.from_pretrained(found["folder"]).apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    assert asked == "Q x A"
+    artifact.verify(merged[0])
+
+
+def test_the_difference_of_two_models_is_found_by_tensor(merged, train, tmp_path):
+    recipe, folder = train()
+    again = merge.merge(recipe, folder, str(tmp_path / "again"))["folder"]
+    assert merge.difference(merged[0], again)["largest"] == 0
+    name, path = "model.layers.1.mlp.up_proj.weight", Path(again) / "model.safetensors"
+    tensors = load_file(path)
+    tensors[name][0, 0] += 0.5 * tensors[name].abs().max()
+
+    def change(aside):
+        save_file(tensors, aside / "model.safetensors")
+        return {}
+
+    artifact.write(again, change)
+    found = merge.difference(merged[0], again)
+    assert found["tensor"] == name and 0.3 < found["largest"] <= 0.51
+    tensors[name][0, 0] = float("nan")
+    artifact.write(again, change)
+    with pytest.raises(InputError, match=f"{name}: has NaN or infinite values"):
+        merge.difference(merged[0], again)
+    del tensors[name]
+    artifact.write(again, change)
+    with pytest.raises(InputError, match=f"{name}: and 0 more tensors are in one of the models only"):
+        merge.difference(merged[0], again)
 
 
 def test_a_package_of_another_adapter_or_of_a_changed_merge_is_refused(merged, train, tmp_path):
