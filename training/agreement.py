@@ -131,23 +131,30 @@ def same_answers(trained: Seen, stored: Seen, answers: list[list[int]], again: l
 
 
 def _tokens(prompts: list[str], tokenizer, longest: int) -> list[list[int]]:
-    """Returns the prompts as token ids, cut from the left; a rendered template brings its own start."""
-    start = tokenizer.bos_token
-    rows = [tokenizer(p, add_special_tokens=not (start and p.startswith(start)))["input_ids"][-longest:] for p in prompts]
+    """Returns the prompts as token ids, cut from the left; as in serving, a special token's name in a prompt is text."""
+    rows = [ids[-longest:] for ids in tokenizer(prompts, split_special_tokens=True)["input_ids"]]
     if not all(rows):
         raise wrong("prompts", "one of them is empty.", "Give real ones.")
     return rows
 
 
 def greedy(model, asked: list[list[int]], tokenizer, *, bf16: bool = False) -> list[list[int]]:
-    """Returns the greedy answers as token ids, each up to and with its end of sequence."""
-    device = next(model.parameters()).device
-    batch = evaluate.batch_of(asked, [len(row) for row in asked], pad=tokenizer.pad_token_id, device=device)
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        out = model.generate(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=False, max_new_tokens=ANSWER,
-            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-        )  # fmt: skip
-    end = tokenizer.eos_token_id
+    """Returns the most likely answers as token ids, each up to and with its end of sequence.
+
+    Penalties and the like that a base's own generation settings ask for are left out, as they are in serving.
+    """
+    from transformers import GenerationConfig
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    batch = evaluate.batch_of(asked, [len(row) for row in asked], pad=pad, device=next(inner.parameters()).device)
+    own, inner.generation_config = inner.generation_config, GenerationConfig(eos_token_id=end, pad_token_id=pad)
+    try:
+        with torch.no_grad(), torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=bf16):
+            out = inner.generate(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=False, max_new_tokens=ANSWER
+            )
+    finally:
+        inner.generation_config = own
     rows = out[:, batch["input_ids"].shape[1] :].tolist()
     return [row[: row.index(end) + 1] if end in row else row for row in rows]

@@ -86,7 +86,7 @@ def merge(recipe: dict, adapter: str, output: str, *, precision: str = "fp32", p
         adapter: its folder, as `training.checkpoint` writes it.
         output: becomes an artifact of kind "merged"; nothing is there where a check fails.
         precision: of the weights as served: fp32, bf16 or fp16.
-        prompts: real ones, as the model is asked (rendered templates); default: a few plain sentences.
+        prompts: real ones, as the model is asked, as plain text; 8 to 16 are enough; default: a few plain sentences.
         record: what the manifest says besides.
         device: where the adapter was trained, so that the base is quantized in the same way; the models are compared there.
 
@@ -161,6 +161,7 @@ def _merge_into(folder: Path, recipe: Recipe, adapter: Path, precision: str, pro
 
     model.to(SERVED[precision])
     _finite(model, f"in {precision}")
+    _make_savable(model.generation_config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     served = _read_back(folder, model, precision, tokenizer, exam)
@@ -190,6 +191,14 @@ def _finite(model, when: str) -> None:
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise wrong(name, f"has NaN or infinite values {when}.", "Serve it in fp32, or choose another trial.")
+
+
+def _make_savable(generation) -> None:
+    """Says `do_sample` where a base sets a temperature without it, which transformers reads but refuses to write."""
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True
 
 
 def _same_tensors(shapes: dict[str, torch.Size], model) -> None:

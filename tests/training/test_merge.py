@@ -166,6 +166,19 @@ def test_conv1d_layers_are_merged_the_right_way_round(fields, gpt2, train, promp
     assert "lm_head.weight" in load_file(tmp_path / "m" / "model.safetensors")  # this head is its own
 
 
+def test_a_base_that_sets_a_temperature_without_sampling_can_be_written(gpt2, make_job, prompts, tmp_path):
+    base = Path(shutil.copytree(gpt2, tmp_path / "base"))
+    (base / "generation_config.json").write_text(json.dumps({"temperature": 0.5, "repetition_penalty": 3.0, "eos_token_id": 1}))
+    job = make_job(model=str(base), steps=1, evaluation=EvaluationConfig(reports=1, rows=4), output=str(tmp_path / "a"))
+    recipe, folder = job.recipe.model_dump(mode="json"), loop.train(job).checkpoint
+    found = merge.merge(recipe, folder, str(tmp_path / "m"), prompts=prompts)
+    kept = json.loads((tmp_path / "m" / "generation_config.json").read_text())
+    assert kept["do_sample"] is True and kept["temperature"] == 0.5
+    (base / "generation_config.json").unlink()
+    plainly = merge.merge(recipe, folder, str(tmp_path / "plainly"), prompts=prompts)
+    assert found["answers"] == plainly["answers"]  # greedy is the most likely token, whatever the base would like
+
+
 def test_a_tied_head_is_stored_once_and_tied_again(train, tmp_path):
     recipe, folder = train()
     merge.merge(recipe, folder, str(tmp_path / "m"), precision="bf16")
