@@ -54,6 +54,7 @@ class Pool:
         self._generation = self._settled = 0  # of the table that the route follows; of the last one that was gone through
         self._trouble: str | None = None  # with the table itself
         self._statistics: dict[str, Statistics] = {}
+        self._settings = self.table.engine.model_dump(mode="json")  # those that this process was started with
         self._bases = None
         self._loads = ThreadPoolExecutor(1, "load")  # one at a time: loading takes memory and threads
         self._following: Future | None = None
@@ -177,7 +178,8 @@ class Pool:
                 "id": self.id, "host": platform.node(), "pid": os.getpid(), "started": self._started, "time": time.time(),
                 "generation": self._settled, "serves": self._generation, "table": self.table.generation,
                 "trouble": self._trouble, "ready": ready, "failed": failed, "versions": versions, "adapters": adapters,
-                "closing": len(self._retired), "statistics": {name: one.to_json() for name, one in self._statistics.items()},
+                "engine": self._settings, "closing": len(self._retired),
+                "statistics": {name: one.to_json() for name, one in self._statistics.items()},
             }  # fmt: skip
 
     # What follows the table.
@@ -362,7 +364,18 @@ def living(folder: str | Path, now: float | None = None) -> list[dict]:
 
 
 def _forget_the_dead(folder: Path) -> None:
-    for path in (folder / REPLICAS).glob("*.json"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > 10 * STALE:
-                path.unlink()
+    """Removes what replicas said that were killed: on this machine as soon as the process is gone, else after a while."""
+    for said in replicas(folder):
+        here = said.get("host") == platform.node()
+        if not _lives(said["pid"]) if here else time.time() - said.get("time", 0) > 10 * STALE:
+            (folder / REPLICAS / f"{said['id']}.json").unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # under another user
+        return True
+    return True
