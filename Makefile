@@ -1,4 +1,4 @@
-# make quickstart   set up .venv and run the main job on the embedded model
+# make quickstart   set up .venv and run the main job on the embedded model, to an endpoint that answers (KEEP=1 keeps it up)
 # make test         set up .venv and run all tests
 .PHONY: setup quickstart test lint
 
@@ -19,7 +19,7 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c con
 	touch $@
 
 quickstart: setup
-	.venv/bin/hpo run $(STUDY)
+	.venv/bin/hpo run $(STUDY) --promote --deploy $(if $(KEEP),--keep)
 
 test: .venv/.test-ready
 	.venv/bin/ruff check .

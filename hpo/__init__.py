@@ -21,10 +21,10 @@ __all__ = ["Study", "open_study", "run", "start"]
 
 def _check_not_shadowed() -> None:
     # The folders that users are asked for are the packages; a user's own training/ next to a notebook would hide ours.
-    for name in ("training", "serving", "search_spaces"):
+    for name, file in {"training": "recipe.py", "serving": "endpoint.py", "search_spaces": "lora.yaml"}.items():
         found = importlib.util.find_spec(name)
         where = [Path(p) for p in (found.submodule_search_locations or [])] if found else []
-        if not any((p / {"training": "recipe.py", "serving": "endpoint.py", "search_spaces": "lora.yaml"}[name]).is_file() for p in where):
+        if not any((p / file).is_file() for p in where):
             shown = where[0] if where else "nowhere"
             raise ImportError(
                 f"hpo needs its own package {name!r}, but Python finds {shown}. Rename that folder, or start Python elsewhere."

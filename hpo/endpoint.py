@@ -33,6 +33,7 @@ from serving.endpoint import Adapter, Table, Version
 
 ADDRESS = "address.json"
 PATIENCE = 300.0  # seconds for a replica to load a model
+ANSWER = 32  # tokens of the answers that a merge keeps for the check
 FRESH = 10.0  # seconds; a replica that has been silent for longer is gone
 OnPhase = Callable[[str], None]
 
@@ -253,10 +254,12 @@ def _wait(folder: Path, table: Table, versions: Sequence[int]) -> None:
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until:
         said = live_replicas(folder)
-        for replica in said:
+        for replica in said if versions else ():
             for version in versions:
-                if (reason := replica.get("failed", {}).get(str(version))) and replica.get("generation", 0) >= table.generation:
-                    raise InputError(Problem(f"{table.name}@v{version}", f"does not load: {reason}", "The old one serves on."))
+                found = replica.get("versions", {}).get(f"v{version}", {})
+                if found.get("state") == "failed" and replica.get("table", 0) >= table.generation:
+                    rule = f"does not load: {found['reason']}"
+                    raise InputError(Problem(f"{table.name}@v{version}", rule, "What answered before goes on."))
         if said and all(_follows(replica, table, versions) for replica in said):
             return
         time.sleep(0.1)
@@ -264,17 +267,29 @@ def _wait(folder: Path, table: Table, versions: Sequence[int]) -> None:
 
 
 def _follows(replica: Mapping[str, Any], table: Table, versions: Sequence[int]) -> bool:
-    return replica.get("generation", 0) >= table.generation and set(versions) <= {int(v) for v in replica.get("ready", ())}
+    found = replica.get("versions", {})
+    return replica.get("generation", 0) >= table.generation and all(
+        found.get(f"v{version}", {}).get("state") == "ready" for version in versions
+    )
 
 
 def _check(made: Endpoint, model: Model) -> None:
-    """Asks what the model was asked when it was merged; every answer must be the one that it gave then."""
-    prompts = model.prompts or (("Hello", None),)
-    for prompt, wanted in prompts:
-        said = made.ask(prompt, model=model.label, chat=False, max_tokens=32)["text"]
-        if wanted is not None and said.strip() != wanted.strip():
-            rule = f"answers {said[:80]!r} where the merged model answered {wanted[:80]!r}."
-            raise InputError(Problem(model.label, rule, "The old one serves on. Promote it again."))
+    """Asks what the model was asked when it was merged: the answers must be those that it gave then.
+
+    All of them where it is served in fp32. In bf16 and fp16 a near tie may fall otherwise in another batch, so half must be.
+    """
+    wrong = []
+    for prompt, wanted in model.prompts:
+        said = made.ask(prompt, model=model.label, chat=False, max_tokens=ANSWER)["text"]
+        if said.strip() != wanted.strip():
+            wrong.append((said, wanted))
+    allowed = 0 if model.checks.get("precision", "fp32") == "fp32" else len(model.prompts) // 2
+    if len(wrong) > allowed:
+        said, wanted = wrong[0]
+        rule = f"answers {said[:80]!r} where the merged model answered {wanted[:80]!r} ({len(wrong)} of {len(model.prompts)})."
+        raise InputError(Problem(model.label, rule, "What answered before goes on. Promote it again."))
+    if not model.prompts:
+        made.ask("Hello", model=model.label, chat=False, max_tokens=4)
 
 
 def _switch(store: Store, made: Endpoint, shares: Mapping[int, float]) -> None:
