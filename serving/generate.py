@@ -69,6 +69,7 @@ class Engine:
         self._model, self._tokenizer = model, tokenizer
         self._blocks = settings.cache_tokens // PAGE
         self._ends = _end_tokens(model, tokenizer)
+        self._special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._lock = threading.Lock()  # a tokenizer keeps its settings in itself
         self._sampler = _Sampler()
         self._boxes: dict[str, _Box] = {}
@@ -157,7 +158,7 @@ class Engine:
         # Each message is sanitized by itself, but a template may put two side by side.
         texts = [message["content"] for message in messages]
         joined = "".join(texts)
-        for token in self._tokenizer.all_special_tokens:
+        for token in self._special:
             if joined.count(token) > sum(text.count(token) for text in texts):
                 raise wrong("messages", "several messages together spell a special token.", "Write it in one message.")
 
@@ -335,6 +336,7 @@ def _draw(scores: torch.Tensor, rows: list[tuple[str, int, Sampling]]) -> torch.
         return torch.tensor(values, dtype=torch.float64, device=scores.device).unsqueeze(1)
 
     logits = torch.nan_to_num(scores.double(), nan=0.0)
+    logits -= logits.amax(-1, keepdim=True)  # before the division, which may be by next to nothing
     probabilities = (logits / column([sampling.temperature for _, _, sampling in rows])).softmax(-1)
     shares = [sampling.top_p for _, _, sampling in rows]
     if min(shares) < 1:

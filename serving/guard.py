@@ -26,6 +26,7 @@ from serving.protocol import Refusal
 OPEN = "/health"
 GONE = 499  # what is counted where the client left or the answer broke off; nobody sees it
 ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_METHODS = {name: name for name in ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")}
 log = logging.getLogger("serving")
 
 
@@ -72,10 +73,10 @@ class Guard:
         headers = [(name.lower(), value) for name, value in scope["headers"]]
         ticket = Ticket(_id(headers), deadline=time.monotonic() + table.limits.seconds)
         scope["serving.ticket"] = ticket
-        answer = _Answer(ticket, send)
+        answer, path = _Answer(ticket, send), _path(scope)
         try:
             _check_headers(scope, headers, table.limits.header_bytes)
-            _check_token(scope["path"], headers, table.tokens)
+            _check_token(path, headers, table.tokens)
             if scope["method"] in ("POST", "PUT", "PATCH"):
                 receive = await _whole_body(headers, receive, ticket.deadline, table.limits.body_bytes)
             await self._app(scope, receive, answer)
@@ -91,10 +92,9 @@ class Guard:
             if not ticket.whole:
                 ticket.status = GONE
             self._ended(ticket)
-            path = scope["path"] if scope["path"] in self._paths else "(other)"
-            log.info(
-                "%s %s %s %d %.3f s %s", ticket.id, scope["method"], path, ticket.status, ticket.seconds, ticket.model or "-"
-            )
+            path = path if path in self._paths else "(other)"
+            log.info("%s %s %s %d %.3f s %s", ticket.id, _METHODS.get(scope["method"], "(other)"), path, ticket.status,
+                     ticket.seconds, ticket.model or "-")  # fmt: skip
 
 
 class _Gone(Exception):
@@ -139,6 +139,12 @@ def extra_headers(refusal: Refusal) -> list[tuple[bytes, bytes]]:
     return [*found, (b"www-authenticate", b"Bearer")] if refusal.status == 401 else found
 
 
+def _path(scope) -> str:
+    """Returns the app's own path, wherever it is mounted."""
+    root, path = scope.get("root_path", ""), scope["path"]
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path
+
+
 def _id(headers) -> str:
     given = next((value.decode("latin-1") for name, value in headers if name == b"x-request-id"), "")
     return given if ID.fullmatch(given) else secrets.token_hex(12)
@@ -152,8 +158,10 @@ def _check_headers(scope, headers, most: int) -> None:
 
 
 def _check_token(path: str, headers, accepted: tuple[str, ...]) -> None:
-    if path == OPEN or not accepted:
+    if path == OPEN:
         return
+    if not accepted:
+        return _check_host(headers)
     given = [value for name, value in headers if name == b"authorization"]
     kind, _, token = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
     digest = hashlib.sha256(token.strip()).hexdigest()
@@ -163,13 +171,20 @@ def _check_token(path: str, headers, accepted: tuple[str, ...]) -> None:
         raise Refusal(401, "a valid token is needed: Authorization: Bearer TOKEN", code="invalid_api_key")
 
 
+def _check_host(headers) -> None:
+    # Without a token only this machine is served; a page of elsewhere whose name was pointed here is not this machine.
+    host = next((value.decode("latin-1") for name, value in headers if name == b"host"), "")
+    if re.sub(r":\d*$", "", host).lower() not in ("localhost", "127.0.0.1", "[::1]"):
+        raise Refusal(403, "without a token only requests to localhost are answered", code="host_not_allowed")
+
+
 async def _whole_body(headers, receive, deadline: float, most: int):
     """Reads the body, no more of it than allowed, and returns a receive that hands it on."""
     too_large = Refusal(413, f"a body is limited to {most} bytes", code="body_too_large")
     said = [value for name, value in headers if name == b"content-length"]
     if any(not value.isdigit() or len(value) > 18 or int(value) > most for value in said):
         raise too_large
-    body = b""
+    body = bytearray()  # many small parts are put together in linear time
     try:
         async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()):
             more = True
@@ -183,7 +198,7 @@ async def _whole_body(headers, receive, deadline: float, most: int):
                     raise too_large
     except TimeoutError:
         raise Refusal(408, "the body took too long", code="timeout") from None
-    waiting = [{"type": "http.request", "body": body, "more_body": False}]
+    waiting = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
     async def hand_on():
         return waiting.pop() if waiting else await receive()

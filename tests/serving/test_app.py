@@ -21,7 +21,7 @@ import uvicorn
 from serving.app import create_app
 from serving.endpoint import EngineSettings, Limits, Table, digest_of
 from serving.generate import Engine
-from serving.pool import Unavailable, Unknown
+from serving.lease import Unavailable, Unknown
 from serving.traffic import Statistics
 
 TOKEN = "a-token-of-the-tests"
@@ -77,11 +77,13 @@ class OneModel:
 class Served:
     """The app behind uvicorn on loopback; what was changed in `table` holds for the next request."""
 
-    def __init__(self, engine, filters=None, **limits):
+    def __init__(self, engine, filters=None, buffer=None, **limits):
         self.pool = OneModel(engine)
         self.table = Table(name="tiny", tokens=(digest_of("another"), digest_of(TOKEN)), limits=Limits(**limits))
         self.app = create_app(self.pool, lambda: self.table, filters=filters)
         self.socket = socket.socket()
+        if buffer:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
         self.socket.bind(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -539,8 +541,8 @@ def test_a_client_that_leaves_takes_its_request_along(model, engine, stream):
         assert served.ask().status_code == 200
 
 
-def test_a_client_that_reads_slowly_holds_up_nobody(engine):
-    with Served(engine, concurrent=1, queue=4, seconds=2, choices=128) as served:
+def test_a_client_that_reads_slowly_holds_up_nobody_and_is_left_in_the_end(engine):
+    with Served(engine, buffer=4096, concurrent=1, queue=4, seconds=2, choices=128) as served:
         body = json.dumps({"model": "tiny", "messages": HELLO, "max_tokens": 200, "n": 100, "stream": True, "seed": 3}).encode()
         stuck = socket.socket()
         stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
@@ -549,8 +551,22 @@ def test_a_client_that_reads_slowly_holds_up_nobody(engine):
                        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n").encode() + body)  # fmt: skip
         stuck.recv(100)
         assert served.ask().status_code == 200, "although there is one place, and its reader does not read"
+        broken = 'paretune_requests_total{model="tiny@v1",status="499"}'
+        assert broken not in served.http.get("/metrics").text, "it is still being sent"
+        until = time.monotonic() + 6
+        while broken not in served.http.get("/metrics").text and time.monotonic() < until:
+            time.sleep(0.05)
+        assert broken in served.http.get("/metrics").text
         stuck.close()
         assert served.quiet()
+
+
+def test_without_a_token_only_this_machine_is_answered(engine):
+    with Served(engine) as served:
+        served.table = Table(name="tiny")
+        for host, status in (("localhost", 200), ("127.0.0.1:80", 200), ("[::1]:9", 200), ("evil.example", 403),
+                             ("127.0.0.1.evil.example", 403), ("localhost@evil.example", 403)):  # fmt: skip
+            assert httpx.get(f"{served.url}/v1/models", headers={"host": host}).status_code == status, host
 
 
 # Filters, logs, metrics, health.
@@ -708,11 +724,23 @@ def test_answers_are_what_the_document_says(served):
     protocol.Error.model_validate_json(served.ask(model="other").content)
 
 
+def test_under_a_prefix_health_is_open_and_the_rest_is_not(engine):
+    app = create_app(OneModel(engine), lambda: Table(name="tiny", tokens=(digest_of(TOKEN),)))
+
+    async def ask():
+        transport = httpx.ASGITransport(app, root_path="/tiny")
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            paths = ("/tiny/health", "/tiny/v1/models", "/v1/models/health", "/tiny/tiny/health")
+            return [(await client.get(path)).status_code for path in paths]
+
+    assert asyncio.run(ask()) == [200, 401, 401, 401]
+
+
 def test_in_process_without_a_server(engine):
     app = create_app(OneModel(engine), lambda: Table(name="tiny"))
 
     async def ask():
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
             body = {"model": "tiny", "messages": HELLO, "max_tokens": 4}
             whole, streamed = await asyncio.gather(
                 *[client.post("/v1/chat/completions", json=body | {"stream": s}) for s in (False, True)]
