@@ -23,7 +23,7 @@ from pathlib import Path
 from serving.endpoint import REPLICAS, Table, Version, read_table, replace, replicas
 from serving.lease import GONE, Held, Lease, Unavailable, Unknown, name_of
 from serving.traffic import Statistics, compare, pick, total
-from training.errors import InputError
+from training.errors import InputError, wrong
 
 WATCH, SAY, RETRY = 0.5, 1.0, 60.0  # seconds between looks at the table, reports, and tries of what did not load
 STALE = 10.0  # seconds after which a silent replica is taken for dead
@@ -63,7 +63,13 @@ class Pool:
         self._started = time.time()
 
     def start(self) -> None:
-        """Loads the versions of the table and begins to follow it; see `healthy` and `problems` for what came of it."""
+        """Loads the versions of the table and begins to follow it; see `healthy` and `problems` for what came of it.
+
+        Raises:
+            InputError: the endpoint is for another engine.
+        """
+        if self.table.engine.kind != "transformers":
+            raise wrong("engine.kind", f"{self.table.engine.kind} models are not served by this process.", "Use Ray Serve.")
         import torch
 
         from serving.loading import Bases

@@ -1,4 +1,4 @@
-"""cluster.yaml and the Kubernetes manifest: what can be checked without a cloud.
+"""cluster.yaml and the Kubernetes manifests: what can be checked without a cloud.
 
 Ray checks its own schema offline but accepts anything inside `node_config`, and nothing here checks a manifest against
 KubeRay's, so both are also held against lists of the fields that exist.
@@ -32,6 +32,10 @@ RAY_JOB = {
     "activeDeadlineSeconds", "backoffLimit", "clusterSelector", "deletionStrategy", "entrypoint", "entrypointNumCpus",
     "entrypointNumGpus", "entrypointResources", "jobId", "managedBy", "metadata", "rayClusterSpec", "runtimeEnvYAML",
     "shutdownAfterJobFinishes", "submissionMode", "submitterConfig", "submitterPodTemplate", "suspend", "ttlSecondsAfterFinished",
+}  # fmt: skip
+RAY_SERVICE = {
+    "excludeHeadPodFromServeSvc", "rayClusterConfig", "rayClusterDeletionDelaySeconds", "serveConfigV2", "serveService",
+    "upgradeStrategy",
 }  # fmt: skip
 RAY_CLUSTER = {
     "authOptions", "autoscalerOptions", "enableInTreeAutoscaling", "gcsFaultToleranceOptions", "headGroupSpec",
@@ -217,6 +221,56 @@ def test_what_the_head_says_of_the_clusters_growth_is_what_the_worker_groups_say
 
 def test_the_pods_run_the_ray_that_is_pinned(job):
     assert f"ray=={job['rayClusterSpec']['rayVersion']}\n" in (ROOT / "constraints.txt").read_text()
+
+
+# examples/kubernetes/rayservice.yaml
+
+
+@pytest.fixture
+def service() -> dict:
+    return read("examples/kubernetes/rayservice.yaml")["spec"]
+
+
+def test_every_field_of_the_service_exists_and_its_cluster_is_as_the_job_s(service, job):
+    whole, spec = read("examples/kubernetes/rayservice.yaml"), service["rayClusterConfig"]
+    assert (whole["apiVersion"], whole["kind"]) == ("ray.io/v1", "RayService")
+    assert service.keys() <= RAY_SERVICE and spec.keys() <= RAY_CLUSTER
+    of_job = job["rayClusterSpec"]
+    assert {k: spec[k] for k in ("rayVersion", "authOptions")} == {k: of_job[k] for k in ("rayVersion", "authOptions")}
+    (worker,), (of_jobs_worker,) = spec["workerGroupSpecs"], of_job["workerGroupSpecs"]
+    assert spec["headGroupSpec"].keys() <= HEAD_GROUP and worker.keys() <= WORKER_GROUP
+    for key in ("image", "resources", "volumeMounts"):
+        assert container(worker)[key] == container(of_jobs_worker)[key]
+    for key in ("volumes", "tolerations", "restartPolicy"):
+        assert worker["template"]["spec"][key] == of_jobs_worker["template"]["spec"][key]
+    assert worker["minReplicas"] >= 1 and spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+
+def test_ray_accepts_the_serve_config_and_the_builder_takes_its_arguments(service):
+    schema = pytest.importorskip("ray.serve.schema")
+    ray_serve = pytest.importorskip("serving.targets.ray_serve")
+    from hpo.endpoint import folder_of
+
+    given = YAML(typ="safe", pure=True).load(service["serveConfigV2"])
+    config = schema.ServeDeploySchema.model_validate(given)
+    (application,) = config.applications
+    assert application.import_path == f"{ray_serve.build.__module__}:{ray_serve.build.__name__}"
+    assert application.route_prefix == f"/{application.name}"
+    for group in (service["rayClusterConfig"]["headGroupSpec"], *service["rayClusterConfig"]["workerGroupSpecs"]):
+        env = {e["name"]: e["value"] for e in container(group)["env"]}
+        assert application.args == {"folder": str(folder_of(env["HPO_STORAGE"], application.name))}
+        assert config.http_options.port in {port["containerPort"] for port in container(group)["ports"]}
+    # The schema lets unknown fields through.
+    assert given.keys() <= schema.ServeDeploySchema.model_fields.keys()
+    assert given["http_options"].keys() <= schema.HTTPOptionsSchema.model_fields.keys()
+    assert given["applications"][0].keys() <= schema.ServeApplicationSchema.model_fields.keys()
+
+
+def test_a_pod_of_the_service_may_finish_its_longest_answer(service):
+    from serving.endpoint import Limits
+
+    (worker,) = service["rayClusterConfig"]["workerGroupSpecs"]
+    assert worker["template"]["spec"]["terminationGracePeriodSeconds"] > Limits().seconds + 5
 
 
 # docs/cluster.md

@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import logging
 import re
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 
 from serving.endpoint import Table, read_table
 from serving.pool import Pool, living
-from serving.targets.local import require_ready, require_token
+from serving.targets.local import is_loopback, require_ready, require_token
 from training.errors import InputError, Problem, wrong
 
 HEALTH = 1.0  # seconds between health checks; a killed replica is replaced after the next one
@@ -31,7 +33,7 @@ LLM_REMEDY = 'Install "ray[llm]" on a machine with a GPU, or leave engine.kind a
 
 def deploy(folder: str | Path, *, name: str | None = None, host: str = "127.0.0.1", port: int = 8000) -> str:
     """Serves an endpoint on the connected cluster until `remove`, and returns its address. A second time changes nothing, unless
-    the table's engine settings have changed since: then replicas are replaced one after the other.
+    the table's engine settings have changed since: then replicas are replaced, without a gap where there is room for one more.
 
     Args:
         folder: the endpoint's, on storage that every node sees.
@@ -46,12 +48,18 @@ def deploy(folder: str | Path, *, name: str | None = None, host: str = "127.0.0.
     table = read_table(folder)
     name = name or table.name
     require_token(table, host)
+    if table.engine.kind == "vllm":
+        _llm()
     address = _start(host, port)
     found = status(name)
     if found["status"] == "RUNNING" and _as_wanted(folder, table):
         return f"{address}/{name}"
     try:
-        serve.run(_application(folder, table), name=name, route_prefix=f"/{name}", logging_config={"enable_access_log": False})
+        if table.engine.kind == "vllm":
+            application = build_llm(table, without_token=is_loopback(host))
+        else:
+            application = _application(folder, table, beside=_room(table))
+        serve.run(application, name=name, route_prefix=f"/{name}", logging_config={"enable_access_log": False})
     except RuntimeError as error:
         said = status(name)["message"] or str(error)
         if found["status"] == "NOT_STARTED":
@@ -116,7 +124,12 @@ def _as_wanted(folder: str | Path, table: Table) -> bool:
     return any(said.get("engine") == table.engine.model_dump(mode="json") for said in living(folder))
 
 
-def _application(folder: str | Path, table: Table) -> serve.Application:
+def _room(table: Table) -> bool:
+    free, settings = ray.available_resources(), table.engine
+    return free.get("CPU", 0) >= settings.cpus and free.get("GPU", 0) >= settings.gpus
+
+
+def _application(folder: str | Path, table: Table, *, beside: bool = False) -> serve.Application:
     settings, limits, where = table.engine, table.limits, str(folder)
     admitted = limits.concurrent + limits.queue
 
@@ -139,6 +152,8 @@ def _application(folder: str | Path, table: Table) -> serve.Application:
             "min_replicas": settings.replicas, "max_replicas": settings.most_replicas,
             "target_ongoing_requests": max(1, limits.concurrent // 2),
         }}  # fmt: skip
+    if beside and "max_surge_percent" in inspect.signature(serve.deployment).parameters:
+        scale["max_surge_percent"] = 100  # a replica that is replaced goes when its successor is ready
     return serve.deployment(
         Endpoint, name="endpoint", ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
         # More than the application admits: who is one too many gets its answer, with when to ask again, and waits in no queue
@@ -219,11 +234,16 @@ def build_llm(table: Table, *, without_token: bool = False) -> serve.Application
             "engine.kind", "Ray's LLM application asks for no token.", "Put it behind a proxy that does; without_token=True."
         )
     configs = llm_configs(table)
+    llm = _llm()
+    return llm.build_openai_app({"llm_configs": [llm.LLMConfig(**config) for config in configs]})
+
+
+def _llm():
     try:
-        from ray.serve.llm import LLMConfig, build_openai_app
+        from ray.serve import llm
     except ImportError as error:
         raise wrong("engine.kind", f"vllm is not to be had here ({error}).", LLM_REMEDY) from None
-    return build_openai_app({"llm_configs": [LLMConfig(**config) for config in configs]})
+    return llm
 
 
 def llm_configs(table: Table) -> list[dict[str, Any]]:

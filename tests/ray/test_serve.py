@@ -197,6 +197,27 @@ def test_another_version_takes_over_without_a_failed_request_or_a_new_process(ad
     assert all(one["choices"][0]["text"] == said[one["system_fingerprint"]][PROMPTS[0]] for one in found)
 
 
+def test_other_engine_settings_replace_the_replica_without_a_gap(address, folder, made):
+    token, (before,) = new_token(folder), living(folder)
+    publish(folder, version(2, made[2], 1), tokens=(digest_of(token),), engine={"cpus": 0.5})
+    statuses, done = [], threading.Event()
+
+    def ask():
+        while not done.is_set():
+            statuses.append(request(address, "/v1/completions", question(), token)[0])
+
+    client = threading.Thread(target=ask)
+    client.start()
+    try:
+        assert ray_serve.deploy(folder) == address
+    finally:
+        done.set()
+        client.join()
+    assert set(statuses) == {200}
+    wait_until(lambda: before["id"] not in [said["id"] for said in living(folder)])
+    assert [said["engine"]["cpus"] for said in living(folder)] == [0.5]
+
+
 def test_the_importable_builder_takes_a_folder_and_refuses_an_endpoint_without_a_token(folder, tmp_path, made):
     assert isinstance(ray_serve.build({"folder": str(folder)}), serve.Application)
     for args in ({}, {"folder": str(folder), "port": "1"}):
