@@ -254,11 +254,11 @@ def _wait(folder: Path, table: Table, versions: Sequence[int]) -> None:
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until:
         said = live_replicas(folder)
-        for replica in said if versions else ():
+        for replica in said:
+            found = {int(v): reason for v, reason in replica.get("failed", {}).items()} if _looked(replica, table) else {}
             for version in versions:
-                found = replica.get("versions", {}).get(f"v{version}", {})
-                if found.get("state") == "failed" and replica.get("table", 0) >= table.generation:
-                    rule = f"does not load: {found['reason']}"
+                if version in found:
+                    rule = f"does not load: {found[version]}"
                     raise InputError(Problem(f"{table.name}@v{version}", rule, "What answered before goes on."))
         if said and all(_follows(replica, table, versions) for replica in said):
             return
@@ -266,11 +266,12 @@ def _wait(folder: Path, table: Table, versions: Sequence[int]) -> None:
     raise BackendError(f"Endpoint {table.name}: no replica had version {versions} loaded within {PATIENCE:g} s.")
 
 
+def _looked(replica: Mapping[str, Any], table: Table) -> bool:
+    return replica.get("generation", 0) >= table.generation
+
+
 def _follows(replica: Mapping[str, Any], table: Table, versions: Sequence[int]) -> bool:
-    found = replica.get("versions", {})
-    return replica.get("generation", 0) >= table.generation and all(
-        found.get(f"v{version}", {}).get("state") == "ready" for version in versions
-    )
+    return _looked(replica, table) and set(versions) <= {int(v) for v in replica.get("ready", ())}
 
 
 def _check(made: Endpoint, model: Model) -> None:
@@ -357,8 +358,9 @@ def comparison(made: Endpoint) -> list[dict[str, Any]]:
     """Returns how the versions did on the requests that they answered, with 95 % intervals; see `serving.traffic.compare`."""
     from serving import traffic as statistics
 
-    said = [replica.get("statistics", {}) for replica in tables.replicas(made.folder)]
-    return statistics.compare(statistics.total(said))
+    found = statistics.total(replica.get("statistics", {}) for replica in tables.replicas(made.folder))
+    shares = {f"v{version.version}": version.share for version in made.table.versions}
+    return statistics.compare(dict(sorted(found.items(), key=lambda item: (-shares.get(item[0], -1), item[0]))))
 
 
 def remove(storage: str | Path, name: str) -> None:

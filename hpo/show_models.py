@@ -133,11 +133,13 @@ def comparison_text(rows: list[dict[str, Any]]):
         table.add_column(name)
     for row in rows:
         cells = [_interval(row.get(name)) for name in shown]
-        table.add_row(row["version"], str(row["count"]), *cells, str(row.get("verdict", "")))
+        table.add_row(row["version"], str(row["requests"]), *cells, str(row.get("verdict", "")))
     return table if rows else "No requests yet."
 
 
 def _interval(found: dict[str, Any] | None) -> str:
     if not found or found.get("value") is None:
         return "-"
+    if found["low"] is None:
+        return number(found["value"])
     return f"{number(found['value'])} \\[{number(found['low'])}, {number(found['high'])}]"
