@@ -433,6 +433,24 @@ def test_a_body_over_the_limit_is_413_without_reading_it(served):
     refused(served.ask(messages=[{"role": "user", "content": "a " * 2**20}]), 413, "body_too_large")
 
 
+def test_a_body_in_tiny_parts_takes_no_longer_than_its_size_deserves(engine):
+    app = create_app(OneModel(engine), lambda: Table(name="tiny", tokens=(digest_of(TOKEN),)))
+    body, sent = b" " * 262_144, []
+    parts = ({"type": "http.request", "body": body[i : i + 1], "more_body": i + 1 < len(body)} for i in range(len(body)))
+    headers = [(b"authorization", f"Bearer {TOKEN}".encode()), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": headers}
+
+    async def receive():
+        return next(parts)
+
+    async def send(message):
+        sent.append(message)
+
+    begin = time.monotonic()
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 400 and time.monotonic() - begin < 5
+
+
 def test_headers_over_the_limit_are_431(served):
     refused(served.http.get("/v1/models", headers={"x-long": "y" * 17_000}), 431, "headers_too_large")
     refused(served.http.get("/v1/models?" + "q" * 17_000), 431, "headers_too_large")
