@@ -49,7 +49,12 @@ class Held:
 
     @property
     def ready(self) -> bool:
-        return self.loading.done() and not self.loading.cancelled() and self.loading.exception() is None
+        return self.loading.done() and self.loading.exception() is None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nobody holds it and nothing is on its way any more."""
+        return self.loading.done() and not self.active
 
 
 class Lease:

@@ -27,6 +27,12 @@ def device_of(settings: EngineSettings) -> str:
     return "cuda" if settings.gpus > 0 else "cpu"
 
 
+def _quietly() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # a server's log is no terminal
+
+
 def load_version(version: Version, settings: EngineSettings) -> Engine:
     """Returns a started engine of a packaged model whose files are the registered ones and which answers with finite numbers.
 
@@ -35,6 +41,7 @@ def load_version(version: Version, settings: EngineSettings) -> Engine:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    _quietly()
     _require(version.folder, version.digest, f"version {version.version}")
     model = AutoModelForCausalLM.from_pretrained(
         version.folder, dtype="auto", use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
@@ -57,6 +64,7 @@ class Bases:
         """
         from training.model import load_tokenizer
 
+        _quietly()
         recipe = Recipe.model_validate(adapter.recipe)
         if adapter.folder is not None:
             _require(adapter.folder, adapter.digest, f"adapter {adapter.name}")

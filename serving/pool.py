@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import logging
 import os
 import platform
 import secrets
@@ -25,6 +26,7 @@ from serving.lease import GONE, Held, Lease, Unavailable, Unknown, name_of
 from serving.traffic import Statistics, compare, pick, total
 from training.errors import InputError, wrong
 
+log = logging.getLogger(__name__)
 WATCH, SAY, RETRY = 0.5, 1.0, 60.0  # seconds between looks at the table, reports, and tries of what did not load
 STALE = 10.0  # seconds after which a silent replica is taken for dead
 GRACE = 10.0  # seconds that requests have to end when the pool is closed
@@ -98,12 +100,15 @@ class Pool:
         self._path.unlink(missing_ok=True)
 
     def healthy(self) -> bool:
-        """Says whether requests can be answered: some version is ready and runs, or the endpoint has only adapters."""
+        """Says whether requests can be answered: those versions that take them run. An endpoint without shares is healthy when a
+        version is ready, which can be asked by its number, and one without versions as soon as it is started."""
         with self._lock:
-            route = [self._versions[_identity(version)] for version in self._route]
+            held = [self._versions[_identity(version)] for version in self._route]
+            if not held and not any(version.share for version in self.table.versions):
+                held = list(self._versions.values())
         if self._ended.is_set() or not self._watcher.is_alive():
             return False
-        return all(held.engine.healthy() for held in route) if route else not self.table.versions
+        return all(one.engine.healthy() for one in held) if held else not self.table.versions
 
     def problems(self) -> list[str]:
         """Returns why versions and adapters of the table are not ready."""
@@ -198,6 +203,8 @@ class Pool:
         said, before = 0.0, None
         while not self._ended.wait(WATCH):
             self._read()
+            if self._following is not None and self._following.done() and (error := self._following.exception()):
+                self._trouble = _said(error)
             if self._behind() and (self._following is None or self._following.done()):
                 self._following = self._loads.submit(self._follow)
             now = self.status()
@@ -217,7 +224,7 @@ class Pool:
         with self._lock:
             waiting = any(when <= time.monotonic() for key, (_, when) in self._failed.items() if isinstance(key, tuple))
             dead = any(held.ready and not held.engine.healthy() for held in self._versions.values())
-            idle = any(not held.active for held in self._retired)
+            idle = any(held.ended for held in self._retired)
         return self._settled != self.table.generation or waiting or dead or idle
 
     def _follow(self) -> None:
@@ -248,6 +255,7 @@ class Pool:
         try:
             done.set_result(loading.load_version(version, self.table.engine))
         except Exception as error:  # whatever it is: the others go on answering
+            log.warning("%s@v%d is not served: %s", self.table.name, version.version, _said(error))
             with self._lock:
                 self._failed[identity] = (_said(error), _again(error))
             return
@@ -257,14 +265,12 @@ class Pool:
 
     def _switch(self, table: Table) -> None:
         with self._lock:
-            ready = tuple(version for version in table.versions if _identity(version) in self._versions)
-            wanted = any(version.share for version in table.versions)
-            kept = tuple(version for version in self._route if _identity(version) in self._versions)
-            # Where none of those that should answer is ready, those that answered until now go on.
-            if any(version.share for version in ready) or not (wanted and kept):
+            wanted = [version for version in table.versions if version.share]
+            ready = tuple(version for version in wanted if _identity(version) in self._versions)
+            # Where none of those that should answer is ready, those that answered until now go on. One without a share never
+            # answers for them: it may be there to be checked.
+            if ready or not wanted:
                 self._route, self._generation = ready, table.generation
-            else:
-                self._route = kept
             named = {_identity(version) for version in (*table.versions, *self._route)}
             for identity in [identity for identity in self._versions if identity not in named]:
                 self._retired.append(self._versions.pop(identity))
@@ -284,7 +290,7 @@ class Pool:
 
     def _close_retired(self, all_: bool = False) -> None:
         with self._lock:
-            ended = [held for held in self._retired if all_ or not held.active]
+            ended = [held for held in self._retired if all_ or held.ended]
             self._retired = [held for held in self._retired if held not in ended]
         for held in ended:
             if held.ready:
@@ -310,7 +316,8 @@ class Pool:
     def _hold_adapter(self, name: str) -> Held:
         adapter = next((adapter for adapter in self.table.adapters if adapter.name == name), None)
         held = self._adapters.get(name)
-        if held is not None and held.what != adapter:  # another one of that name came since
+        # Another one of that name came since, or its engine died.
+        if held is not None and (held.what != adapter or held.ready and not held.engine.healthy()):
             self._retired.append(self._adapters.pop(name))
             held = None
         if adapter is None or self._ended.is_set() or self._failed.get(name, ("", 0))[1] > time.monotonic():
@@ -330,9 +337,14 @@ class Pool:
     def _load_adapter(self, held: Held) -> None:
         self._close_retired()  # first: its memory may be needed
         name = held.what.name
+        with self._lock:
+            if self._ended.is_set() or self._adapters.get(name) is not held and not held.active:  # nobody waits any more
+                held.loading.set_exception(Unavailable("not needed any more"))
+                return
         try:
             engine = self._bases.load(held.what, self.table.engine)
         except Exception as error:
+            log.warning("%s@%s cannot be loaded: %s", self.table.name, name, _said(error))
             with self._lock:
                 self._failed[name] = (_said(error), _again(error))
                 if self._adapters.get(name) is held:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import threading
+import weakref
 from contextlib import contextmanager, suppress
 
 import pytest
@@ -106,12 +107,13 @@ def test_a_version_that_is_removed_is_closed_only_after_its_last_answer(folder, 
             async for piece in pieces:
                 text += piece.text
         assert (lease.label, text) == ("tiny@v1", said["v1"][PROMPTS[0]])
-        return engine
+        return lease, weakref.ref(engine), weakref.ref(engine._model)
 
     with running(folder) as pool:
-        engine = asyncio.run(drive(pool))
-        wait_until(lambda: not engine.healthy(), 3, "closing")
-        assert pool.status()["closing"] == 0 and set(pool.status()["versions"]) == {"v2"}
+        lease, engine, model = asyncio.run(drive(pool))  # who keeps a lease that has ended keeps no model
+        wait_until(lambda: pool.status()["closing"] == 0, 3, "closing")
+        wait_until(lambda: engine() is None and model() is None, 3, "letting go of the weights")
+        assert set(pool.status()["versions"]) == {"v2"} and lease.label == "tiny@v1"
         with pytest.raises(Unknown, match="there are tiny, tiny@v2"):
             pool.pick("tiny@v1", "k")
 
@@ -182,6 +184,20 @@ def test_a_pinned_version_answers_whatever_its_share_and_shares_divide_the_rest(
         names = [asyncio.run(ask(pool, key=str(key), tokens=1))[0] for key in range(24)]
         assert set(names) == {"v1", "v2"}
         assert names == [asyncio.run(ask(pool, key=str(key), tokens=1))[0] for key in range(24)]
+
+
+def test_a_version_without_a_share_is_there_to_be_checked_and_answers_for_no_other(folder, made, tmp_path):
+    publish(folder, version(1, made[1]))
+    with running(folder) as pool:
+        assert pool.healthy() and pool.status()["ready"] == [1]
+        assert asyncio.run(ask(pool, "tiny@v1", tokens=1))[0] == "v1"
+        with pytest.raises(Unavailable, match="tiny is not ready"):
+            asyncio.run(ask(pool))
+        publish(folder, version(1, made[1]), spoiled("no folder", made, tmp_path)[0])
+        wait_until(lambda: pool.status()["generation"] == 2)
+        with pytest.raises(Unavailable, match="tiny is not ready"):
+            asyncio.run(ask(pool))
+        assert not pool.healthy()
 
 
 def test_what_is_no_name_of_the_table_is_unknown_whatever_it_looks_like(folder, made):
@@ -313,6 +329,35 @@ def test_who_leaves_while_an_adapter_loads_keeps_nobody_from_it(folder, trained)
     with running(folder) as pool:
         assert asyncio.run(drive(pool))[0] == "fast"
         assert pool.status()["adapters"]["fast"]["running"] == 0
+
+
+def test_an_adapter_whose_engine_died_is_loaded_anew(folder, trained):
+    publish(folder, adapters=(trained["fast"],))
+    with running(folder) as pool:
+        with pool.pick("tiny@fast", "k") as lease:
+            lease.engine.close()
+        assert asyncio.run(ask(pool, "tiny@fast"))[0] == "fast"
+
+
+def test_adapters_that_nobody_waits_for_any_more_leave_nothing_behind(folder, trained):
+    publish(folder, adapters=tuple(trained.values()), engine={"adapters_loaded": 1})
+
+    async def drive(pool):
+        for _ in range(2):
+            for name in trained:
+                task = asyncio.create_task(ask(pool, f"tiny@{name}"))
+                await asyncio.sleep(0.02)
+                task.cancel()
+                with suppress(asyncio.CancelledError, Unavailable):
+                    await task
+
+    before = threading.active_count()
+    with running(folder) as pool:
+        asyncio.run(drive(pool))
+        wait_until(lambda: pool.status()["closing"] == 0)
+        assert asyncio.run(ask(pool, "tiny@small"))[0] == "small"
+        wait_until(lambda: {one["state"] for one in pool.status()["adapters"].values()} == {"idle", "ready"})
+    wait_until(lambda: threading.active_count() <= before, 5, "the end of all engines' threads")
 
 
 # What a replica says.
