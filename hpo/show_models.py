@@ -31,13 +31,24 @@ def model_text(model: Model):
         ("from", f"trial {lineage.trial} of study {lineage.study}; base {lineage.base}; rows {lineage.digest[:12]}"),
         ("kept", model.why),
         ("accuracy", f"{', '.join(scores)} on {model.scores[-1].rows} rows that none of them saw"),
-        ("checks", ", ".join(f"{name} {number(v) if isinstance(v, (int, float)) else v}" for name, v in model.checks.items())),
+        ("checks", _checks(model.checks)),
         ("folder", model.folder),
         ("digest", model.digest),
     ]
     for name, said in rows:
         table.add_row(f"[bold]{name}[/bold]", escape(said))
     return Group(f"[bold]{model.label}[/bold]", table)
+
+
+def _checks(checks: dict[str, Any]) -> str:
+    """Returns how near merged, trained and stored model are: differences of logits as shares of the largest."""
+    words = {"merge": "merged and adapter in fp32", "trained": "merged and the trial's own", "stored": "stored and merged"}
+    found = [(said, checks[name]) for name, said in words.items() if name in checks]
+    parts = [f"{said} {check['difference']:.1e} (bound {check['bound']:g})" for said, check in found]
+    if "greedy" in checks:
+        parts.append(f"equal answers {checks['greedy']['texts_equal']:.0%}")
+    asked = f"on {checks.get('prompts', 0)} prompts, largest difference of logits: "
+    return f"{asked}{'; '.join(parts)}; served in {checks.get('precision')}"
 
 
 def models_text(found: list[Model]):
