@@ -70,8 +70,9 @@ def deploy(folder: str | Path, *, name: str | None = None, host: str = "127.0.0.
 
 
 def remove(name: str) -> None:
-    """Ends an endpoint; requests that run may end first. Serve itself ends with the last application."""
-    serve.delete(name)
+    """Ends an endpoint, if there is one; requests that run may end first. Serve itself ends with the last application."""
+    if name in serve.status().applications:
+        serve.delete(name)
     if not serve.status().applications:
         serve.shutdown()
 

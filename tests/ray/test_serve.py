@@ -50,12 +50,8 @@ def folder(tmp_path_factory, made):
 
 @pytest.fixture(scope="module")
 def address(cluster, folder):
-    before = cluster.available_resources().get("CPU")
     yield ray_serve.deploy(folder, port=free_port())
     ray_serve.remove("tiny")
-    assert ray_serve.status("tiny")["status"] == "NOT_STARTED"
-    wait_until(lambda: cluster.available_resources().get("CPU") == before, 30, "giving back what the endpoint held")
-    wait_until(lambda: not list((folder / "replicas").iterdir()), 10, "taking back what replicas said")
 
 
 def request(address: str, path: str, body: dict | None = None, token: str | None = None):
@@ -228,3 +224,26 @@ def test_the_importable_builder_takes_a_folder_and_refuses_an_endpoint_without_a
         ray_serve.build({"folder": str(tmp_path)})
     with pytest.raises(InputError, match="asks for no token"):
         ray_serve.deploy(tmp_path, host="0.0.0.0")
+
+
+def test_what_is_removed_ends_its_last_answer_and_gives_back_what_it_held(address, folder, cluster):
+    parts, token, lines = urllib.parse.urlsplit(address), new_token(folder), []
+    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=60)
+    body = json.dumps(question(max_tokens=200, stream=True, temperature=1.0, seed=1))
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {token}"}
+    connection.request("POST", parts.path + "/v1/completions", body, headers)
+    answer = connection.getresponse()
+    lines.append(answer.readline())
+    reader = threading.Thread(target=lambda: lines.extend(answer.read().splitlines()))
+    reader.start()
+    ray_serve.remove("tiny")
+    reader.join()
+    connection.close()
+    events = [line for line in lines if line.startswith(b"data: ")]
+    assert events[-1] == b"data: [DONE]" and b"error" not in b"".join(events)
+    assert ray_serve.status("tiny")["status"] == "NOT_STARTED"
+    wait_until(lambda: cluster.available_resources().get("CPU") == 2, 30, "giving back what the endpoint held")
+    wait_until(lambda: not list((folder / "replicas").iterdir()), 10, "taking back what replicas said")
+    with pytest.raises(OSError):
+        request(address, "/health")
+    ray_serve.remove("tiny")  # nothing is left to be removed
