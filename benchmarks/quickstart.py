@@ -2,8 +2,8 @@
 
     python -m benchmarks.quickstart [--quick]
 
-Runs `hpo run quickstart --promote --deploy` as a user does, in a process of its own with a new record: 12 trials, two at a time, on
-Ray; then the winner retrained, merged, verified, registered, served and asked over HTTP.
+Runs `hpo run quickstart --promote --deploy` as a user does, in a process of its own with a new record: 12 trials, two at a time,
+on Ray; then the winner retrained, merged, verified, registered, served and asked over HTTP.
 """
 
 from __future__ import annotations

@@ -232,6 +232,9 @@ def main() -> None:
     """Runs the command line; turns what was raised on purpose into a message and an exit code."""
     warnings.simplefilter("ignore")  # libraries' advice to developers; a study's own warnings are in its report
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # Read when transformers is imported: its bars and advice have no place beside our own progress.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     wants_json = "--json" in sys.argv
     try:
         code = app(standalone_mode=False) or 0  # the code of a typer.Exit, which typer makes of Ctrl-C too

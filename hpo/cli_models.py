@@ -72,6 +72,7 @@ def export(
     label: Label,
     out: Annotated[Path | None, typer.Option(help="file or folder to write")] = None,
     form: Annotated[str, typer.Option("--format", help="safetensors, adapter, gguf-f16, gguf-q8_0")] = "safetensors",
+    replace: Annotated[bool, typer.Option("--replace", help="put it in place of an earlier export")] = False,
     hub: Annotated[str | None, typer.Option(help="a hub's repository id to push to; the token comes from HF_TOKEN")] = None,
     storage: Storage = None,
     as_json: Json = False,
@@ -85,7 +86,9 @@ def export(
     elif out is None:
         raise typer.BadParameter("give --out, or --hub")
     else:
-        said = exports.export(model.folder, str(out), form)
+        # Other forms are compared with the model on what it was really asked.
+        text = [prompt + answer for prompt, answer in model.prompts] or None
+        said = exports.export(model.folder, str(out), form, text=text, replace=replace)
     if as_json:
         print_json(said)
     else:

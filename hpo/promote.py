@@ -31,6 +31,7 @@ from hpo.trial import Trial
 from training.recipe import DataConfig, Job, Outcome, Recipe
 
 PROMPTS = 8  # real prompts that merged and adapter model are compared on, and the endpoint is checked with
+MOMENTARY = ("gemm_seconds", "slow_down", "threads")  # how fast the machine was, not what it was
 TOLERANCE = 1e-4  # a reproduced model matches where no weight differs by more, relative to the largest of its tensor
 
 
@@ -241,16 +242,16 @@ def _merge(promotion: Promotion, done: dict[str, Any]) -> dict[str, Any]:
 
 def _package(promotion: Promotion, done: dict[str, Any]) -> dict[str, Any]:
     from training.card import card
-
     from training.data import chat_template_of
     from training.merge import package
     from training.model import load_tokenizer
 
     model = _model(promotion, done, folder=str(promotion.folder), digest="")
     said = model.model_dump(mode="json", exclude={"stage", "version", "digest", "folder", "created", "prompts"})
+    told = said | {"lineage": {name: value for name, value in said["lineage"].items() if name != "data"}}  # paths of this storage
     asks = chat_template_of(promotion.data, load_tokenizer(promotion.job.recipe))
     return package(
-        done["merge"]["folder"], done["keep"]["folder"], card(said), str(promotion.folder), said, chat_template=asks
+        done["merge"]["folder"], done["keep"]["folder"], card(said), str(promotion.folder), told, chat_template=asks
     )  # fmt: skip
 
 
@@ -271,7 +272,7 @@ def _model(promotion: Promotion, done: dict[str, Any], *, folder: str, digest: s
         rows=promotion.spec.promote.rows if keep["kept"] == "retrained" else "train",
         data=promotion.data.model_dump(mode="json"), digest=promotion.record.digest,
         base=recipe.model + (f"@{recipe.revision}" if recipe.revision else ""),
-        machine=dict(certificate.machine) if certificate else {},
+        machine={n: v for n, v in (certificate.machine if certificate else {}).items() if n not in MOMENTARY},
     )  # fmt: skip
     merged = done["merge"]
     return Model(
