@@ -179,7 +179,6 @@ def _app(folder: str):
         raise
     app = create_app(pool, lambda: pool.table)
     app.state.pool = pool
-    app.add_middleware(_Unprefixed)
     return app
 
 
@@ -199,19 +198,6 @@ def _keep_replicas_to_themselves() -> None:
             return add(self, address.replace("[::]:", f"{own}:").replace("0.0.0.0:", f"{own}:"), *more)
 
         setattr(Server, name, bound)
-
-
-class _Unprefixed:
-    """Takes the application's name off the path, so that what looks at paths sees the same ones wherever it is served."""
-
-    def __init__(self, app):
-        self._app = app
-
-    async def __call__(self, scope, receive, send) -> None:
-        if prefix := scope.get("root_path"):
-            path = scope["path"].removeprefix(prefix) or "/"
-            scope = scope | {"root_path": "", "path": path, "raw_path": path.encode()}
-        await self._app(scope, receive, send)
 
 
 # vLLM, through Ray's own LLM application.
