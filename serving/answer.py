@@ -44,7 +44,7 @@ class _Work:
     limits: Limits
     id: str = ""
     news: asyncio.Queue = field(default_factory=asyncio.Queue)  # (choice, piece); None: all ended; an exception: none will come
-    first: float | None = None
+    first: float | None = None  # when the first token came
     prompt_tokens: int = 0
     tokens: int = 0
 
@@ -155,20 +155,23 @@ class Writer:
             work.news.put_nowait(_as_refusal(error))
 
     async def _write_one(self, work: _Work, index: int, engine, ids: list[int], sampling) -> None:
-        held, before = [], 0
-        async with aclosing(engine.generate(ids, sampling)) as pieces:
+        if work.asked.stream and self.filters is None:
+            await self._write_pieces(work, index, engine.generate(ids, sampling))
+            return
+        piece = await engine.answer(ids, sampling)
+        work.first = min(work.first or piece.first, piece.first)
+        work.tokens += piece.completion_tokens
+        if self.filters is not None and await self._look_at(piece.text) is not None:
+            piece = replace(piece, text="", finish="content_filter")
+        work.news.put_nowait((index, piece))
+
+    async def _write_pieces(self, work: _Work, index: int, generated: AsyncIterator[Piece]) -> None:
+        before = 0
+        async with aclosing(generated) as pieces:
             async for piece in pieces:
-                work.first = work.ticket.seconds if work.first is None else work.first
+                work.first = work.first or piece.first
                 work.tokens, before = work.tokens + piece.completion_tokens - before, piece.completion_tokens
-                if self.filters is None:
-                    work.news.put_nowait((index, piece))
-                    continue
-                held.append(piece.text)
-                if piece.finish:
-                    text = "".join(held)
-                    blocked = await self._look_at(text) is not None
-                    text, finish = ("", "content_filter") if blocked else (text, piece.finish)
-                    work.news.put_nowait((index, replace(piece, text=text, finish=finish)))
+                work.news.put_nowait((index, piece))
 
     async def _look_at_all(self, texts: list[str]) -> None:
         for text in texts if self.filters else ():
@@ -184,8 +187,9 @@ class Writer:
     def _record(self, work: _Work, *, error: bool) -> None:
         if work.ticket.model is None:
             return
-        self.gauges.answer(work.ticket.model, work.first, work.prompt_tokens, work.tokens)
-        self.pool.record(work.lease.version, seconds=work.ticket.seconds, first_token=work.first,
+        first = None if work.first is None else work.first - work.ticket.began
+        self.gauges.answer(work.ticket.model, first, work.prompt_tokens, work.tokens)
+        self.pool.record(work.lease.version, seconds=work.ticket.seconds, first_token=first,
                          prompt_tokens=work.prompt_tokens, tokens=work.tokens, error=error)  # fmt: skip
 
 

@@ -13,7 +13,9 @@ import asyncio
 import hashlib
 import secrets
 import threading
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -48,12 +50,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Piece:
-    """The next text of an answer. Counts are of tokens so far, the end-of-sequence token among them."""
+    """The next text of an answer, or all of it. Counts are of tokens so far, the end-of-sequence token among them; `first` is
+    when the answer's first token came (`time.monotonic`)."""
 
     text: str
     finish: Literal["stop", "length"] | None
     prompt_tokens: int
     completion_tokens: int
+    first: float
 
 
 class Engine:
@@ -71,8 +75,8 @@ class Engine:
         self._ends = _end_tokens(model, tokenizer)
         self._special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._lock = threading.Lock()  # a tokenizer keeps its settings in itself
-        self._sampler = _Sampler()
         self._boxes: dict[str, _Box] = {}
+        self._sampler = _Sampler(self._boxes)
         self._manager = None
 
     def start(self) -> None:
@@ -119,7 +123,7 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Those of them that have no token yet."""
-        return sum(box.output is None for box in list(self._boxes.values()))
+        return sum(box.first is None for box in list(self._boxes.values()))
 
     @property
     def batch(self) -> int:
@@ -169,22 +173,10 @@ class Engine:
             EngineError: the engine stopped, or the model's output is not finite. NaN spreads to those in the same step, which
                 fail too; later requests are not touched.
         """
-        if not ids or len(ids) + sampling.max_tokens > self.context:
-            raise ValueError(f"{len(ids)} and {sampling.max_tokens} tokens do not fit {self.context}")
-        if sampling.seed is None:
-            sampling = replace(sampling, seed=secrets.randbits(63))
-        name, box = secrets.token_hex(8), _Box(asyncio.get_running_loop())
         text, seen = _Text(self._tokenizer, sampling.stop), 0
-        self._boxes[name] = box
-        try:
-            self._submit(name, box, ids, sampling)
+        with self._in_batch(ids, sampling, streaming=True) as box:
             while True:
-                await box.news.wait()
-                box.news.clear()
-                output = box.output
-                if output is None or output.error is not None or name in self._sampler.broken:
-                    raise EngineError("the engine stopped" if self._manager is None else "the model failed")
-                tokens = output.generated_tokens
+                tokens = await self._news(box)
                 new, finish = "", None
                 while seen < len(tokens) and finish is None:
                     token, seen = tokens[seen], seen + 1
@@ -196,18 +188,58 @@ class Engine:
                         new += text.end()
                         finish = "stop" if text.stopped else finish
                 if new or finish:
-                    yield Piece(new, finish, len(ids), seen)
+                    yield Piece(new, finish, len(ids), seen, box.first)
                 if finish:
                     return
+
+    async def answer(self, ids: list[int], sampling: Sampling) -> Piece:
+        """Returns what the pieces of `generate` make together. Nobody wakes at each token, which leaves the batch's thread
+        alone. Cancelling takes the request out of the batch.
+
+        Raises:
+            EngineError: as `generate`.
+        """
+        if sampling.stop:  # each token's text must be looked at
+            async with aclosing(self.generate(ids, sampling)) as pieces:
+                parts = [piece async for piece in pieces]
+            return replace(parts[-1], text="".join(piece.text for piece in parts))
+        with self._in_batch(ids, sampling, streaming=False) as box:
+            tokens = await self._news(box)
+            count = next((number for number, token in enumerate(tokens, 1) if token in self._ends), len(tokens))
+            ended = tokens[count - 1] in self._ends
+            text = _Text(self._tokenizer, ()).whole(tokens[: count - ended])
+            return Piece(text, "stop" if ended else "length", len(ids), count, box.first)
+
+    @contextmanager
+    def _in_batch(self, ids: list[int], sampling: Sampling, *, streaming: bool) -> Iterator[_Box]:
+        """Holds a request in the batch; its box has news with each token, or where it is not streaming at its end."""
+        if not ids or len(ids) + sampling.max_tokens > self.context:
+            raise ValueError(f"{len(ids)} and {sampling.max_tokens} tokens do not fit {self.context}")
+        if sampling.seed is None:
+            sampling = replace(sampling, seed=secrets.randbits(63))
+        name, box = secrets.token_hex(8), _Box(asyncio.get_running_loop())
+        self._boxes[name] = box
+        try:
+            self._submit(name, box, ids, sampling, streaming)
+            yield box
         finally:
             self._take_out(name, box)
 
-    def _submit(self, name: str, box: _Box, ids: list[int], sampling: Sampling) -> None:
+    async def _news(self, box: _Box) -> list[int]:
+        """Waits for news and returns all tokens so far."""
+        await box.news.wait()
+        box.news.clear()
+        output = box.output
+        if output is None or output.error is not None or box.broken:
+            raise EngineError("the engine stopped" if self._manager is None else "the model failed")
+        return output.generated_tokens
+
+    def _submit(self, name: str, box: _Box, ids: list[int], sampling: Sampling, streaming: bool) -> None:
         manager = self._manager
         if manager is None or not self.healthy():
             raise EngineError("the engine is not running")
         manager.register_result_handler(name, box.put)
-        manager.add_request(ids, name, max_new_tokens=sampling.max_tokens, streaming=True, eos_token_id=sorted(self._ends),
+        manager.add_request(ids, name, max_new_tokens=sampling.max_tokens, streaming=streaming, eos_token_id=sorted(self._ends),
                             sampling=sampling)  # fmt: skip
         # A loop that ended meanwhile may have emptied its queue before the request was in it.
         if not self.healthy():
@@ -215,7 +247,6 @@ class Engine:
 
     def _take_out(self, name: str, box: _Box) -> None:
         self._boxes.pop(name, None)
-        self._sampler.broken.discard(name)
         manager = self._manager
         if manager is not None:
             manager.output_router.forget(name)
@@ -236,6 +267,8 @@ class _Box:
 
     loop: asyncio.AbstractEventLoop
     output: object = None
+    first: float | None = None  # when its first token came
+    broken: bool = False  # a token was chosen from what is no number
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
     def put(self, output) -> None:
@@ -293,9 +326,9 @@ class _Sampler(ContinuousBatchingLogitsProcessor):
     supported_kwargs: dict[str, type] = {"sampling": Sampling}
     ignored_kwargs: tuple[str, ...] = ()
 
-    def __init__(self):
+    def __init__(self, boxes: dict[str, _Box]):
+        self._boxes = boxes
         self.rows: list[tuple[str, int, Sampling]] = []
-        self.broken: set[str] = set()
         self.last = self.largest = 0
 
     def join(self, processors) -> None:
@@ -321,9 +354,12 @@ class _Sampler(ContinuousBatchingLogitsProcessor):
         return torch.zeros(len(self.rows), dtype=torch.int32)
 
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
-        for row, finite in enumerate(scores[: len(self.rows)].amax(-1).isfinite().tolist()):
-            if not finite:  # NaN is the largest of its row
-                self.broken.add(self.rows[row][0])
+        now = time.monotonic()
+        for (name, _, _), finite in zip(self.rows, scores[: len(self.rows)].amax(-1).isfinite().tolist(), strict=True):
+            box = self._boxes.get(name)
+            if box is not None:  # else it was called off meanwhile
+                box.first = box.first or now
+                box.broken |= not finite  # NaN is the largest of its row
         drawn = [row for row, (_, _, sampling) in enumerate(self.rows) if sampling.temperature > 0]
         if drawn:
             chosen = _draw(scores[drawn], [self.rows[row] for row in drawn])
@@ -372,6 +408,10 @@ class _Text:
             return ""
         self._before, self._shown = self._shown, len(self._ids)
         return self._without_stops(new)
+
+    def whole(self, tokens: list[int]) -> str:
+        """Returns what all of them add up to."""
+        return self._decode(tokens).rstrip(REPLACEMENT)
 
     def end(self) -> str:
         """Returns what was held back; half a character is dropped."""

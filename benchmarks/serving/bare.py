@@ -40,12 +40,11 @@ async def answers(engine: Engine, job: dict) -> dict:
 
     async def one() -> None:
         for index in turns:
-            start, parts = time.monotonic(), []
+            start = time.monotonic()
             ids = engine.encode(requests[index]["prompt"])
-            async for piece in engine.generate(ids, Sampling(max_tokens=requests[index]["tokens"])):
-                parts.append(piece.text)
+            piece = await engine.answer(ids, Sampling(max_tokens=requests[index]["tokens"]))
             rows[index] = {
-                "text": "".join(parts), "tokens": piece.completion_tokens, "began": start, "ended": time.monotonic()
+                "text": piece.text, "tokens": piece.completion_tokens, "began": start, "ended": time.monotonic()
             }  # fmt: skip
 
     began = time.monotonic()

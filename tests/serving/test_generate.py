@@ -7,6 +7,7 @@ import random
 import time
 from collections import Counter
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,6 +46,42 @@ def test_temperature_0_in_a_batch_is_what_transformers_generates_alone(engine, m
         assert last.completion_tokens == len(ids) and last.prompt_tokens > 0
         assert last.finish == ("length" if len(ids) == n and ids[-1] != tokenizer.eos_token_id else "stop")
     assert engine.largest_batch > 1, "they shared a batch"
+
+
+@pytest.mark.parametrize(
+    "how", [{"temperature": 0.0}, {"temperature": 2.0}, {"stop": (" the",)}, {"temperature": 2.0, "stop": ("e", ".")}], ids=str
+)
+def test_a_whole_answer_is_what_its_pieces_make_together(engine, how):
+    async def both(prompt, seed):
+        sampling = Sampling(40, seed=seed, **how)
+        whole, (text, last, _) = await asyncio.gather(
+            engine.answer(engine.encode(prompt), sampling), answer(engine, prompt, max_tokens=40, seed=seed, **how)
+        )
+        return whole, replace(last, text=text, first=whole.first)
+
+    async def all_of_them():
+        return await asyncio.gather(*[both(prompt, seed) for seed, prompt in enumerate(PROMPTS)])
+
+    found = asyncio.run(all_of_them())
+    assert all(whole == pieces for whole, pieces in found)
+    assert {whole.finish for whole, _ in found} <= {"stop", "length"} and engine.running == 0
+
+
+def test_cancelling_a_whole_answer_takes_it_out_of_the_batch(engine):
+    async def cancelled():
+        asking = asyncio.create_task(engine.answer(engine.encode("The story of"), Sampling(200)))
+        while engine.waiting or not engine.running:
+            await asyncio.sleep(0.001)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+
+    asyncio.run(cancelled())
+    assert engine.running == 0
+    until = time.monotonic() + 5
+    while engine._manager.batch_processor.has_pending_requests():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_an_answer_that_ends_by_itself_stops_and_counts_its_end(engine):
