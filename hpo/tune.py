@@ -11,6 +11,8 @@ import json
 import logging
 import math
 import os
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +26,7 @@ from ray.tune.search import Searcher
 
 from hpo.errors import BackendError, InputError, Problem
 from hpo.search import Search, job_of
+from serving.targets import haproxy
 from training.recipe import DataConfig, Job, Outcome, Progress, Resources
 from training.workers import ENVIRONMENT, GRACE, WorkersFailed, WorkersLost, call_on_group, mailbox_of, run_group
 
@@ -46,11 +49,19 @@ def session() -> Iterator[None]:
         yield
     finally:
         _in_session = before
-        if not before and ray.is_initialized():
-            ray.shutdown()
+        if not before:
+            _leave()
 
 
 _in_session = False
+_fronts: list[str] = []  # folders of HAProxy's, which go with the cluster
+
+
+def _leave() -> None:
+    if ray.is_initialized():
+        ray.shutdown()
+    while _fronts:
+        shutil.rmtree(_fronts.pop(), ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -69,6 +80,10 @@ def connect(*, dashboard: bool = False) -> Iterator[None]:
         }
         if not os.environ.get("RAY_ADDRESS"):
             options |= {"address": "local", "include_dashboard": dashboard, "_temp_dir": os.environ.get("PARETUNE_RAY_TEMP")}
+            _fronts.append(tempfile.mkdtemp(prefix="pt-"))
+            given = haproxy.environment(_fronts[-1])
+            os.environ.update(given)
+            options["runtime_env"]["env_vars"] |= given
         try:
             ray.init(**options)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
@@ -77,7 +92,7 @@ def connect(*, dashboard: bool = False) -> Iterator[None]:
         yield
     finally:
         if mine and not _in_session:
-            ray.shutdown()
+            _leave()
 
 
 def environment() -> dict[str, str]:

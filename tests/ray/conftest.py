@@ -29,12 +29,15 @@ def cluster(short):
     """The shared cluster: two CPUs, driven by this process."""
     ray = pytest.importorskip("ray")
     from hpo.tune import environment
+    from serving.targets import haproxy
 
+    front = haproxy.environment(short)  # as on every private cluster
+    os.environ.update(front)
     # A group without resources asks again after 3 s instead of 60, so that a test can wait for it.
     patience = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3"}
     ray.init(
         address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
-        _temp_dir=str(short / "r"), runtime_env={"env_vars": environment() | patience},
+        _temp_dir=str(short / "r"), runtime_env={"env_vars": environment() | patience | front},
     )  # fmt: skip
     yield ray
     ray.shutdown()

@@ -121,7 +121,9 @@ def test_without_its_token_nothing_is_answered_but_health_and_ray_s_own_token_op
 
 
 def test_only_this_machine_can_reach_it(address):
-    found = listening(descendants())
+    processes = descendants()
+    found = listening(processes)
+    assert "haproxy" in {Path(f"/proc/{pid}/comm").read_text().strip() for pid in processes if Path(f"/proc/{pid}/comm").exists()}
     assert found and found <= {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
 
 

