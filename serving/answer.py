@@ -112,8 +112,13 @@ class Writer:
         """Yields what is written, until the time is over; whoever stops listening stops the writing."""
         try:
             while True:
-                async with _until(work.ticket.deadline):
-                    found = await work.news.get()
+                if work.news.empty():
+                    async with _until(work.ticket.deadline):
+                        found = await work.news.get()
+                elif time.monotonic() > work.ticket.deadline:
+                    raise TimeoutError
+                else:
+                    found = work.news.get_nowait()
                 if found is None:
                     return
                 if isinstance(found, Exception):
@@ -230,9 +235,13 @@ class _Stream(Response):
 
     async def _send(self, send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        ready = b""
         async for event in self._events():
-            await send({"type": "http.response.body", "body": b"data: " + event + b"\n\n", "more_body": True})
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+            ready += b"data: " + event + b"\n\n"
+            if self._work.news.empty():  # what comes together is sent together
+                await send({"type": "http.response.body", "body": ready, "more_body": True})
+                ready = b""
+        await send({"type": "http.response.body", "body": ready + b"data: [DONE]\n\n", "more_body": False})
 
     async def _events(self) -> AsyncIterator[bytes]:
         work = self._work

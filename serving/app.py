@@ -162,7 +162,7 @@ class _Desk:
         }  # fmt: skip
 
 
-def _json_only(request: Request) -> None:
+async def _json_only(request: Request) -> None:  # a plain function would be called in a thread of its own
     kind, *rest = [part.strip().lower() for part in request.headers.get("content-type", "").split(";")]
     charsets = [part.partition("=")[2].strip('"') for part in rest if part.startswith("charset")]
     if kind != "application/json" or any(charset not in ("utf-8", "utf8") for charset in charsets):

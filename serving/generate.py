@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedTokenizerFast
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 
@@ -425,7 +425,12 @@ class _Text:
         return self._decode(self._ids[self._before :])[len(given) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) if ids else ""
+        if not ids:
+            return ""
+        tokenizer = self._tokenizer
+        if getattr(type(tokenizer), "_decode", None) is PreTrainedTokenizerFast._decode:  # the same without ten times its cost
+            return tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True)
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _without_stops(self, new: str) -> str:
         if self.stopped or not self._stops:
