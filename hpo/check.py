@@ -6,6 +6,7 @@ Owns: `load`, `inspect` and its `Findings`. Must not know: stores, runners.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -21,9 +22,10 @@ from training import data as training_data
 from training import memory
 from training.data import Rows, Tokenized
 from training.model import Shape, describe, load_tokenizer, match
-from training.recipe import Recipe
+from training.recipe import Recipe, clashes
 
 SAMPLED = 200  # random points of the space that the memory prediction is tried on
+COMBINATIONS = 4096  # of the space's choices that are looked at, so that a space of many does not delay the start
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def _look(
     found = [*(_machine(spec) if sound("resources") else ()), *(_storage(spec) if sound("storage") else ())]
     if spec.train == "simulated" or trained_elsewhere or not sound("train"):
         return found, None, None, None
+    found += _clashes(spec) if sound("recipe", "space", "start", "resources") else []
     shapes: dict[str, Shape] = {}
     for model in _values(spec, "model") if sound("recipe.model", "recipe.revision", "space.model") else ():
         try:
@@ -118,6 +121,29 @@ def _look(
         except SpecError as error:
             found += error.problems
     return found, shape, rows, tokenized
+
+
+def _clashes(spec: Spec) -> list[Problem]:
+    """Returns what does not go together: in the defaults, in a start, and values of the space with which no point is sound.
+
+    A space that mixes methods may have points that clash beside sound ones: the gate refuses those one by one.
+    """
+    found = [Problem(f"recipe.{name}", rule, remedy) for name, rule, remedy in clashes(spec.recipe, spec.resources)]
+    for i, point in enumerate(spec.start):
+        recipe = spec.space.resolve(point, spec.recipe)
+        found += [Problem(f"start[{i}]", f"{name}: {rule}", remedy) for name, rule, remedy in clashes(recipe, spec.resources)]
+    sound, refused, points = set(), {}, list(itertools.islice(spec.space.walk(1), COMBINATIONS + 1))
+    for point in points if len(points) <= COMBINATIONS else ():
+        said = clashes(spec.space.resolve(point, spec.recipe), spec.resources)
+        values = {(name, value) for name, value in point.items() if spec.space[name].type == "choice"}
+        sound |= values if not said else set()
+        for name, rule, remedy in said[:1]:
+            refused |= {value: (name, rule, remedy) for value in values if value not in refused}
+    for (dimension, value), (name, rule, remedy) in refused.items():
+        # Where no point at all is sound, the dimension that the rule speaks of is told.
+        if (dimension, value) not in sound and (sound or dimension == name):
+            found.append(Problem(f"space.{dimension}", f"{value!r} goes with no other value here: {name}: {rule}", remedy))
+    return found
 
 
 def _values(spec: Spec, name: str) -> list:

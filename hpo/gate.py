@@ -1,6 +1,7 @@
 """What is refused before it is launched.
 
-Owns: the comparison of a recipe's predicted memory with the limit, and the cut of its micro-batch. Pure.
+Owns: the comparison of a recipe's predicted memory with the limit, the cut of its micro-batch, and the refusal of points whose
+values do not go together: a space that mixes methods has such points beside sound ones. Pure.
 Must not know: who proposed the recipe.
 """
 
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from hpo.errors import InputError
 from training import memory
 from training.model import Shape
-from training.recipe import Limits, Recipe, Resources
+from training.recipe import Limits, Recipe, Resources, clashes
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,16 @@ def judge(recipe: Recipe, shape: Shape | None, limits: Limits, resources: Resour
     """Returns what to do with a recipe.
 
     The micro-batch follows the batch and is halved only as far as the memory limit demands; a recipe that does not fit with
-    one sequence at a time is refused. Without a shape (a simulated study) everything passes.
+    one sequence at a time is refused, and so is one whose values do not go together. Without a shape (a simulated study)
+    everything passes.
 
     Args:
         tokens_per_row: of the longest training row, at most the recipe's `max_length`.
     """
     if shape is None:
         return Verdict(recipe, None)
+    for field, rule, remedy in clashes(recipe, resources):
+        return Verdict(recipe, None, f"{field}: {rule} {remedy}")
     device = "cuda" if resources.gpus else "cpu"
     share = max(1, recipe.batch_size // resources.workers)
     micro = min(recipe.micro_batch or share, share)

@@ -32,7 +32,7 @@ ONLY = {
     "sqlalchemy": {"hpo/store.py"},
     "sqlite3": {"hpo/store.py"},
     "typer": {"hpo/cli.py", "hpo/cli_models.py", "hpo/terminal.py"},
-    "bitsandbytes": {"hpo/doctor.py", "training/model.py", "training/adapters.py", "training/merge.py"},
+    "bitsandbytes": {"hpo/doctor.py", "training/model.py", "training/optimizers.py", "training/merge.py"},
     "peft": {"training/adapters.py", "training/checkpoint.py", "training/merge.py"},
     "deepspeed": {"training/loop.py", "training/workers.py"},
     "gguf": {"training/gguf.py"},

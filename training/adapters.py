@@ -1,27 +1,62 @@
-"""How each adapter is attached to a base model.
+"""How each method makes a base model trainable.
 
-Owns: `ADAPTERS`, name -> function(model, recipe) -> model with trainable adapters. A new method is one entry.
-Must not know: training, data.
+Owns: `ADAPTERS`, name -> `Method`: how parameters are attached, and what the method does in each step. A new one is one entry.
+Must not know: data, optimizers, reports.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
 from training.model import OUTPUT_HEADS, match
 from training.recipe import Recipe
 
+# AdaLoRA (Zhang et al. 2023): ranks begin at 1.5 times their later mean, as in the paper's section 4; they rest for the first
+# tenth of the steps and stay as they are in the last quarter, and are given out anew at most a hundred times.
+START_RANK, REST, SETTLED, ROUNDS = 1.5, 0.1, 0.25, 100
 
-def attach(model, recipe: Recipe, shape):
-    """Returns the model with fresh adapters; only they require gradients. B starts at zero, so outputs do not change.
+
+@dataclass(frozen=True)
+class Method:
+    """One way of training a base model.
+
+    `attach`: (model, recipe, names of modules, optimizer steps of the run) -> model with what is to be trained.
+    `penalty`: model -> a scalar that is added to the loss once per optimizer step.
+    `stepped`: (model, number of the optimizer step from 1 on) is called after each, while the gradients are there.
+    """
+
+    attach: Callable
+    penalty: Callable | None = None
+    stepped: Callable | None = None
+
+
+def attach(model, recipe: Recipe, shape, *, steps: int = 1):
+    """Returns the model with what the recipe's method trains; only that requires gradients. Outputs do not change.
 
     Args:
         model: the frozen base.
-        recipe: names the adapter, its size and its targets.
+        recipe: names the method, its size and its targets.
         shape: `training.model.describe` of the base, by which targets are found.
+        steps: optimizer steps of the run, over which some methods plan.
+
+    Raises:
+        InputError: a target matches nothing.
     """
     import torch
 
     torch.manual_seed(recipe.seed)
-    model = ADAPTERS[recipe.adapter](model, recipe, sorted(match(recipe.targets, shape)))
+    return ADAPTERS[recipe.adapter].attach(model, recipe, sorted(match(recipe.targets, shape)), steps)
+
+
+def start_rank(recipe: Recipe) -> int:
+    """Returns the rank with which every adapter begins; AdaLoRA begins above the mean that it comes to."""
+    return math.ceil(START_RANK * recipe.rank) if recipe.adapter == "adalora" else recipe.rank
+
+
+def _in_fp32(model):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "lora_" not in name:
             raise RuntimeError(f"{name} would be trained, but is no adapter")
@@ -30,20 +65,65 @@ def attach(model, recipe: Recipe, shape):
     return model
 
 
-def _lora(model, recipe: Recipe, modules: list[str], *, scaled_by_root: bool = False):
-    from peft import LoraConfig, get_peft_model
+def _common(model, recipe: Recipe, modules: list[str]) -> dict:
     from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer: (in, out)
 
-    config = LoraConfig(
-        r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=modules, bias="none",
-        task_type="CAUSAL_LM", use_rslora=scaled_by_root, exclude_modules=list(OUTPUT_HEADS),
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    return {
+        "lora_alpha": recipe.alpha, "lora_dropout": recipe.dropout, "target_modules": modules, "bias": "none",
+        "task_type": "CAUSAL_LM", "exclude_modules": list(OUTPUT_HEADS),
+        "fan_in_fan_out": any(isinstance(module, Conv1D) for module in model.modules()),
+    }  # fmt: skip
+
+
+def _lora(model, recipe: Recipe, modules: list[str], steps: int, **variant):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=recipe.rank, **_common(model, recipe, modules), **variant)
+    return _in_fp32(get_peft_model(model, config, autocast_adapter_dtype=False))
+
+
+def _adalora(model, recipe: Recipe, modules: list[str], steps: int):
+    from peft import AdaLoraConfig, get_peft_model
+
+    total = max(2, steps)
+    config = AdaLoraConfig(
+        init_r=start_rank(recipe), target_r=recipe.rank, total_step=total, tinit=round(REST * total),
+        tfinal=round(SETTLED * total), deltaT=max(1, total // ROUNDS), **_common(model, recipe, modules),
     )  # fmt: skip
-    return get_peft_model(model, config, autocast_adapter_dtype=False)
+    attached = get_peft_model(model, config, autocast_adapter_dtype=False)
+    for name, parameter in attached.named_parameters():
+        if ".ranknum." in name:  # a constant, but where PEFT casts it to the base's precision it wants a gradient again
+            parameter.requires_grad_(False).data = parameter.data.float()
+    return _in_fp32(attached)
 
 
-def _rslora(model, recipe: Recipe, modules: list[str]):
-    return _lora(model, recipe, modules, scaled_by_root=True)
+def _orthogonal(model):
+    """Returns AdaLoRA's regularisation (equation 4): the mean of ||P'P - I|| and ||QQ' - I||, times its weight.
+
+    PEFT adds it where the model computes the loss itself, which it does not here.
+    """
+    import torch
+
+    terms = []
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            gram = parameter @ parameter.T if "lora_A" in name else parameter.T @ parameter
+            terms.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device, dtype=gram.dtype)))
+    return model.peft_config["default"].orth_reg_weight * torch.stack(terms).mean()
 
 
-ADAPTERS = {"lora": _lora, "rslora": _rslora}
+def _allocate(model, step: int) -> None:
+    model.base_model.update_and_allocate(step)
+
+
+def _full(model, recipe: Recipe, modules: list[str], steps: int):
+    return model.requires_grad_(True)
+
+
+ADAPTERS = {
+    "lora": Method(_lora),
+    "rslora": Method(partial(_lora, use_rslora=True)),
+    "dora": Method(partial(_lora, use_dora=True)),
+    "adalora": Method(_adalora, penalty=_orthogonal, stepped=_allocate),
+    "full": Method(_full),
+}

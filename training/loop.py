@@ -20,13 +20,13 @@ from functools import cached_property
 
 import torch
 
-from training import checkpoint, evaluate, stability, zero
-from training.adapters import attach
+from training import checkpoint, evaluate, optimizers, stability, zero
+from training.adapters import ADAPTERS, attach
 from training.data import Prepared, Tokenized, prepare, read, sample
 from training.errors import wrong
 from training.meter import Stopwatch, count_bytes, gemm_seconds
 from training.model import describe, device_of, load_model, load_tokenizer
-from training.recipe import Job, Outcome, Progress, Recipe, Report
+from training.recipe import Job, Outcome, Progress, Recipe, Report, clashes
 from training.world import World, versions
 
 REPORTS_PER_SCORE = 4  # how often a run reports between two scored points
@@ -101,7 +101,7 @@ def rate(recipe: Recipe, step: int, steps: int) -> float:
 
 @dataclass
 class Run:
-    """A model ready to be trained: `forward` is what is called, `inner` the PEFT model itself."""
+    """A model ready to be trained: `forward` is what is called, `inner` the model itself; `done` counts optimizer steps."""
 
     recipe: Recipe
     world: World
@@ -111,6 +111,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     engine: object | None
     accumulation: int
+    done: int = 0
 
     @cached_property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -135,8 +136,8 @@ class Run:
             tokens: supervised tokens of this step over all workers, by which the loss is divided: so the result does not
                 depend on how rows are cut into forwards and workers.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        optimizers.set_rate(self.optimizer, lr)
+        penalty = ADAPTERS[self.recipe.adapter].penalty
         total = 0.0
         for i, chunk in enumerate(chunks):
             last = i == len(chunks) - 1
@@ -151,6 +152,8 @@ class Run:
                     logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=-100, reduction="sum"
                 ) / tokens  # fmt: skip
                 total += loss.item()
+                if last and penalty is not None:
+                    loss = loss + penalty(self.inner)
                 # Data-parallel gradients are averaged over the workers, so the sum over them is asked for.
                 if self.engine is not None:
                     self.engine.backward(loss * self.world.size * self.accumulation)
@@ -174,6 +177,9 @@ class Run:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip).item()
         if math.isfinite(norm):
             self.optimizer.step()
+            self.done += 1
+            if (stepped := ADAPTERS[self.recipe.adapter].stepped) is not None:
+                stepped(self.inner, self.done)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -181,10 +187,9 @@ class Run:
 def set_up(job: Job, shape, planned: Plan, world: World, device: str) -> Run:
     """Returns a fresh run: base model loaded, adapter attached, optimizer, and data-parallel wrapping where asked."""
     recipe = job.recipe
-    inner = attach(load_model(recipe, device=device), recipe, shape)
+    inner = attach(load_model(recipe, device=device), recipe, shape, steps=planned.steps)
     torch.manual_seed(recipe.seed + world.rank)
-    parameters = [p for p in inner.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
+    optimizer = optimizers.build(recipe, inner)
     accumulation = math.ceil(planned.batch // world.size / planned.micro)
     forward, engine = inner, None
     if recipe.zero_stage:
@@ -193,7 +198,7 @@ def set_up(job: Job, shape, planned: Plan, world: World, device: str) -> Run:
                         "Set zero_stage: 0, or resources.workers to 2 or more.")  # fmt: skip
         import deepspeed
 
-        trainable = sum(p.numel() for p in parameters)
+        trainable = sum(p.numel() for p in inner.parameters() if p.requires_grad)
         settings = zero.config(
             recipe, workers=world.size, micro_batch=planned.micro, accumulation=accumulation, trainable=trainable
         )
@@ -299,6 +304,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 def _train(job: Job, report: Report, world: World, device: str, ledger: _Ledger) -> Outcome:
     recipe = job.recipe
+    for field_name, rule, remedy in clashes(recipe, job.resources):
+        raise wrong(f"recipe.{field_name}", rule, remedy)
     shape = describe(recipe.model, recipe.revision)
     tokenizer = load_tokenizer(recipe)
     prepared = prepare(read(job.data), job.data, tokenizer, recipe.max_length, cache=job.cache)

@@ -21,7 +21,7 @@ import torch
 
 from training import artifact
 from training.agreement import EXACT, STORED, Exam, bound_of, differ, greedy, same_answers, see, set_exam
-from training.checkpoint import load_adapter
+from training.checkpoint import load_adapter, make_savable
 from training.errors import wrong
 from training.model import load_model, load_tokenizer
 from training.recipe import Recipe
@@ -81,8 +81,10 @@ def merge(recipe: dict, adapter: str, output: str, *, precision: str = "fp32", p
           record: dict | None = None, device: str = "cpu") -> dict[str, Any]:  # fmt: skip
     """Merges an adapter into its dense base, casts, writes a plain Hugging Face folder, and verifies what was written.
 
+    Where all weights were trained there is nothing to merge, and all the rest is the same.
+
     Args:
-        recipe: what the adapter was trained with.
+        recipe: what the adapter, or the whole model, was trained with.
         adapter: its folder, as `training.checkpoint` writes it.
         output: becomes an artifact of kind "merged"; nothing is there where a check fails.
         precision: of the weights as served: fp32, bf16 or fp16.
@@ -130,10 +132,11 @@ def _same_recipe(recipe: Recipe, adapter: artifact.Artifact) -> None:
 def _finite_adapter(folder: Path) -> None:
     from safetensors import safe_open
 
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        for name in file.keys():
-            if not torch.isfinite(file.get_tensor(name)).all():
-                raise wrong(str(folder), f"the adapter's {name} has NaN or infinite values.", "Choose another trial.")
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                if not torch.isfinite(file.get_tensor(name)).all():
+                    raise wrong(str(folder), f"the adapter's {name} has NaN or infinite values.", "Choose another trial.")
 
 
 def _merge_into(folder: Path, recipe: Recipe, adapter: Path, precision: str, prompts: list[str], device: str) -> dict:
@@ -161,7 +164,7 @@ def _merge_into(folder: Path, recipe: Recipe, adapter: Path, precision: str, pro
 
     model.to(SERVED[precision])
     _finite(model, f"in {precision}")
-    _make_savable(model.generation_config)
+    make_savable(model.generation_config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     served = _read_back(folder, model, precision, tokenizer, exam)
@@ -179,6 +182,8 @@ def _merge_into(folder: Path, recipe: Recipe, adapter: Path, precision: str, pro
 
 
 def _merged(beside):
+    if not hasattr(beside, "merge_and_unload"):  # all weights were trained: it is merged already
+        return beside
     try:
         model = beside.merge_and_unload(safe_merge=True)
     except ValueError as error:  # PEFT found NaN in a merged layer
@@ -191,14 +196,6 @@ def _finite(model, when: str) -> None:
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise wrong(name, f"has NaN or infinite values {when}.", "Serve it in fp32, or choose another trial.")
-
-
-def _make_savable(generation) -> None:
-    """Says `do_sample` where a base sets a temperature without it, which transformers reads but refuses to write."""
-    try:
-        generation.validate(strict=True)
-    except ValueError:
-        generation.do_sample = True
 
 
 def _same_tensors(shapes: dict[str, torch.Size], model) -> None:

@@ -41,16 +41,23 @@ class Recipe(Frozen):
 
     model: str = Field("embedded", min_length=1, description="`embedded`, a local folder, or a Hugging Face id")
     revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
-    adapter: Literal["lora", "rslora"] = Field("lora", description="lora (Hu et al. 2021) or rslora (Kalajdzievski 2023)")
-    rank: Whole = Field(16, ge=1, le=4096, description="inner dimension of each adapter")
+    adapter: Literal["lora", "rslora", "dora", "adalora", "full"] = Field(
+        "lora",
+        description="lora (Hu et al. 2021), rslora (Kalajdzievski 2023), dora (Liu et al. 2024), adalora (Zhang et al. 2023), "
+        "or full: no adapter, all weights are trained",
+    )
+    rank: Whole = Field(16, ge=1, le=4096, description="inner dimension of each adapter; adalora: the mean that it comes to")
     alpha: Number = Field(32, gt=0, le=65536, description="adapter output is scaled by alpha / rank (rslora: / sqrt(rank))")
     dropout: Number = Field(0.05, ge=0, lt=1, description="on the adapter's input")
     targets: str | tuple[str, ...] = Field("all-linear", description="all-linear, attention, mlp, or module names")
     learning_rate: Number = Field(2e-4, gt=0, le=1e4, description="peak rate of AdamW")
+    lora_plus_ratio: Number = Field(1.0, ge=1, le=1024, description="rate of B over that of A (LoRA+, Hayou et al. 2024)")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape after the warm-up, down to 0")
     warmup: Number = Field(0.1, ge=0, lt=1, description="share of the steps")
     weight_decay: Number = Field(0.0, ge=0, le=10, description="decoupled (Loshchilov & Hutter 2019)")
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+        "adamw", description="8bit: moments in 8 bits (Dettmers et al. 2022); paged: on a GPU, moments may move to the host"
+    )
     clip: Number = Field(1.0, gt=0, description="largest norm of the whole gradient")
     batch_size: Whole = Field(8, ge=1, le=65536, description="sequences per optimizer step over all workers")
     micro_batch: Whole | None = Field(None, ge=1, description="sequences per forward and worker; default batch_size / workers")
@@ -59,7 +66,7 @@ class Recipe(Frozen):
     tokens: Whole | None = Field(None, ge=1, description="tokens to train on, instead of epochs")
     max_length: Whole = Field(512, ge=8, le=1_000_000, description="tokens; a longer row is cut from the left of its prompt")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the computation; adapters stay fp32")
-    bits: Literal[32, 16, 8, 4] = Field(32, description="of the frozen base; 4 is NF4 with double quantization (QLoRA)")
+    bits: Literal[32, 16, 8, 4] = Field(32, description="of the base; 4 is NF4 with double quantization (QLoRA)")
     zero_stage: Literal[0, 1, 2] = Field(0, description="DeepSpeed ZeRO stage; 0 is plain data parallel training")
     gradient_checkpointing: StrictBool = False
     seed: Whole = Field(0, ge=0, le=2**31 - 1, description="adapter initialisation, dropout and order of the rows")
@@ -165,6 +172,32 @@ class Outcome(Frozen):
 
 Report = Callable[[Progress], str | None]
 """Takes a Progress; returns None to go on, or the reason to stop. Called by the main worker; never raises."""
+def clashes(recipe: Recipe, resources: Resources) -> list[tuple[str, str, str]]:
+    """Returns what does not go together in a recipe and on what it is trained, as (field, rule, remedy).
+
+    These are no errors of a `Recipe` itself: in a space of choices some points may clash while the others are sound.
+    """
+    several = resources.workers > 1 or recipe.zero_stage > 0
+    found = []
+    if recipe.adapter == "full" and recipe.bits < 16:
+        found.append(("adapter", f"full trains the weights themselves, which {recipe.bits} bits cannot hold.",
+                      "Set bits: 32, or 16 with precision: bf16, or train an adapter."))  # fmt: skip
+    if recipe.adapter == "full" and recipe.lora_plus_ratio != 1:
+        found.append(("lora_plus_ratio", f"full has no A and B, whose rates could differ by {recipe.lora_plus_ratio:g}.",
+                      "Leave lora_plus_ratio out, or train an adapter."))  # fmt: skip
+    if recipe.adapter == "dora" and recipe.bits == 8 and not resources.gpus:
+        found.append(("adapter", "dora cannot read a base of 8 bits on a CPU (PEFT loses its scales after the first forward).",
+                      "Set bits: 4, 16 or 32, or train on a GPU."))  # fmt: skip
+    if recipe.optimizer.startswith("paged") and not resources.gpus:
+        found.append(("optimizer", f"{recipe.optimizer} moves pages between a GPU and the host, and there is no GPU.",
+                      f"Set optimizer: {recipe.optimizer.removeprefix('paged_')}, or resources.gpus."))  # fmt: skip
+    if recipe.adapter == "adalora" and several:
+        found.append(("adapter", "adalora decides on ranks by the gradients of one process, so it trains with workers: 1 and "
+                      f"zero_stage: 0, got {resources.workers} and {recipe.zero_stage}.",
+                      "Set both so, or use another adapter."))  # fmt: skip
+    return found
+
+
 
 Train = Callable[[Job, Report], Outcome]
 """The signature of `training.loop.train`, of `training.simulate`, and of a user's own train function."""

@@ -101,6 +101,50 @@ def test_gpus_are_counted_without_torch(monkeypatch):
     assert check.gpus() == (len(os.listdir("/proc/driver/nvidia/gpus")) if os.path.isdir("/proc/driver/nvidia/gpus") else 0)
 
 
+CLASHES = [
+    ({"adapter": "full", "bits": 4}, {}, "recipe.adapter: full trains the weights themselves, which 4 bits cannot hold."),
+    ({"adapter": "full", "bits": 8}, {}, "Set bits: 32, or 16 with precision: bf16, or train an adapter."),
+    ({"adapter": "full", "lora_plus_ratio": 4}, {}, "recipe.lora_plus_ratio: full has no A and B"),
+    ({"adapter": "adalora"}, {"workers": 2}, "recipe.adapter: adalora decides on ranks by the gradients of one process"),
+    ({"adapter": "adalora", "zero_stage": 1}, {}, "with workers: 1 and zero_stage: 0, got 1 and 1."),
+    ({"optimizer": "paged_adamw_8bit"}, {}, "there is no GPU. Set optimizer: adamw_8bit, or resources.gpus."),
+    ({"adapter": "dora", "bits": 8}, {}, "recipe.adapter: dora cannot read a base of 8 bits on a CPU"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "resources", "said"), CLASHES)
+def test_defaults_that_do_not_go_together_are_refused(tmp_path, recipe, resources, said):
+    given = spec(tmp_path, recipe={"max_length": 128, "batch_size": 8} | recipe, resources=resources, space={"rank": [4, 8]})
+    with pytest.raises(SpecError) as found:
+        check.inspect(given)
+    assert said in str(found.value)
+    check.inspect(given, trained_elsewhere=True)  # who trains with a function of their own knows what it can do
+
+
+def test_a_space_that_mixes_methods_is_sound_and_what_clashes_in_it_is_counted(tmp_path):
+    found = check.inspect(spec(tmp_path, space={"adapter": ["lora", "full"], "bits": [32, 4], "rank": [4, 8]}))
+    assert 0.15 < found.refused < 0.35  # a quarter of it
+    assert "adapter full, bits 4" in found.example and "which 4 bits cannot hold. Set bits: 32" in found.example
+
+
+def test_a_value_of_the_space_that_goes_with_no_other_is_refused(tmp_path):
+    with pytest.raises(SpecError, match=r"space.adapter: 'full' goes with no other value here: adapter: full trains"):
+        check.inspect(spec(tmp_path, recipe={"max_length": 128, "bits": 4}, space={"adapter": ["lora", "full"]}))
+    with pytest.raises(SpecError, match=r"space.adapter: 'adalora' goes with no other value"):
+        written = {"adapter": ["lora", "adalora"], "rank": [4, 8]}
+        check.inspect(spec(tmp_path, space=written, recipe={"max_length": 128, "batch_size": 8}, resources={"workers": 2}))
+    kinds = {"adapter": ["full", "adalora"], "bits": [8, 4]}
+    with pytest.raises(SpecError) as found:
+        check.inspect(spec(tmp_path, space=kinds, recipe={"max_length": 128}))
+    assert "space.adapter: 'full'" in str(found.value) and "adalora" not in str(found.value)
+
+
+def test_a_start_that_does_not_go_together_is_refused(tmp_path):
+    with pytest.raises(SpecError, match=r"start\[1\]: adapter: full trains the weights themselves"):
+        check.inspect(spec(tmp_path, space={"adapter": ["lora", "full"], "bits": [32, 4]},
+                           start=[{"adapter": "full", "bits": 32}, {"adapter": "full", "bits": 4}]))  # fmt: skip
+
+
 def test_several_mistakes_are_said_together(tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps({"q": 1}))
     wrong = spec("/proc/nothing/here", data={"train": str(tmp_path / "d.jsonl")}, recipe={"targets": "c_attn"})

@@ -49,6 +49,18 @@ def test_targets_that_match_nothing_are_refused_with_the_reason():
     assert "matches no linear module" in judge(Recipe(targets="c_attn"), SHAPE, Limits(), Resources(), 128).refusal
 
 
+def test_values_that_do_not_go_together_are_refused_with_the_remedy():
+    refused = judge(Recipe(adapter="full", bits=4), SHAPE, Limits(), Resources(), 128)
+    assert refused.predicted is None and refused.recipe.bits == 4
+    assert refused.refusal == (
+        "adapter: full trains the weights themselves, which 4 bits cannot hold. "
+        "Set bits: 32, or 16 with precision: bf16, or train an adapter."
+    )
+    assert judge(Recipe(adapter="full"), SHAPE, Limits(), Resources(), 128).refusal is None
+    assert "adalora decides on ranks" in judge(Recipe(adapter="adalora"), SHAPE, Limits(), Resources(workers=2), 128).refusal
+    assert judge(Recipe(adapter="full", bits=4), None, Limits(), Resources(), 128).refusal is None
+
+
 def test_a_micro_batch_of_the_user_is_kept_where_it_fits_and_never_beyond_the_share_of_a_worker():
     assert judge(Recipe(batch_size=16, micro_batch=4), SHAPE, Limits(), Resources(), 128).recipe.micro_batch == 4
     many = judge(Recipe(batch_size=16, micro_batch=16), SHAPE, Limits(), Resources(workers=4), 128)

@@ -20,9 +20,9 @@ from training.recipe import Recipe
 IDS = torch.arange(5, 45).reshape(2, 20)
 
 
-def tuned(llama: str, seed: int = 0):
+def tuned(llama: str, seed: int = 0, adapter: str = "lora"):
     """A model whose adapter is no longer the identity."""
-    recipe = Recipe(model=llama, rank=4, dropout=0, seed=seed)
+    recipe = Recipe(model=llama, rank=4, dropout=0, seed=seed, adapter=adapter)
     model = attach(load_model(recipe), recipe, describe(llama))
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -55,6 +55,24 @@ def test_what_was_saved_gives_the_same_logits(saved, model, base):
     loaded = load_adapter(base, saved)
     assert torch.equal(logits(loaded), logits(model)) and not torch.equal(before, logits(model))
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+
+
+@pytest.mark.parametrize("adapter", ["dora", "adalora", "full"])
+def test_every_method_comes_back_as_it_was(llama, base, tmp_path, adapter):
+    model = tuned(llama, adapter=adapter)
+    before = logits(base)
+    loaded = load_adapter(base, save_adapter(model, tmp_path / "kept", {}))
+    assert torch.equal(logits(loaded), logits(model)) and not torch.equal(before, logits(model))
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    if adapter == "full":
+        assert torch.equal(logits(base), before)  # others may stand on the base
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers reports what does not fit, too
+def test_a_whole_model_of_another_base_is_refused(llama, tmp_path):
+    folder = save_adapter(tuned(llama, adapter="full"), tmp_path / "kept", {})
+    with pytest.raises(InputError, match="tensors do not match the model"):
+        load_adapter(load_model(Recipe()), folder)
 
 
 def test_plain_peft_reads_it_too(saved, model, base):

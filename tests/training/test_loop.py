@@ -127,6 +127,24 @@ def test_every_number_of_bits_really_learns(make_job, bits, precision):
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.parametrize("fields", [
+    {"adapter": "dora"}, {"adapter": "dora", "bits": 4}, {"adapter": "dora", "precision": "bf16"}, {"lora_plus_ratio": 4},
+    {"adapter": "full"}, {"adapter": "full", "bits": 16, "precision": "bf16"}, {"adapter": "full", "precision": "bf16"},
+    {"adapter": "adalora", "steps": 40}, {"adapter": "adalora", "bits": 8, "steps": 40},
+], ids=str)  # fmt: skip
+def test_every_method_really_learns(make_job, fields):
+    job = make_job(**{"model": "embedded", "rank": 16, "steps": 12} | fields)
+    rows = tokenized(job)
+    run, planned = learner(job, rows)
+    losses = [run.step(rows, planned.micro_batches(0, 0, 1), supervised(rows, planned, 0), 5e-3)[0] for _ in range(planned.steps)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_what_does_not_go_together_is_refused_before_anything_is_loaded(make_job):
+    with pytest.raises(InputError, match="recipe.adapter: full trains the weights themselves, which 4 bits cannot hold"):
+        train(make_job(model="nowhere", adapter="full", bits=4))
+
+
 def test_training_lowers_the_loss_on_rows_that_were_not_trained_on(make_job):
     job = make_job(model="embedded", rank=16, batch_size=4, steps=12, evaluation=EvaluationConfig(reports=3))
     curve = []
