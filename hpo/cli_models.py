@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -146,13 +145,12 @@ def deploy(
 
 
 def keep(made: Any) -> None:
-    """Serves on until Ctrl-C, where it is this process that serves."""
+    """Serves on until Ctrl-C or the endpoint's removal, where it is this process that serves."""
     if not made.mine:
         return
     say("Serving until Ctrl-C.")
     try:
-        while True:
-            time.sleep(3600)
+        made.wait()
     except KeyboardInterrupt:
         say("Stopping.")
     finally:

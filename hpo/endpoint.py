@@ -91,6 +91,11 @@ class Endpoint:
         except OSError as error:
             raise BackendError(f"Endpoint {self.name} does not answer at {self.url} ({error}).") from None
 
+    def wait(self) -> None:
+        """Serves on until the endpoint is removed, for a process that has nothing else to do."""
+        while (self.folder / ADDRESS).exists():
+            time.sleep(0.5)
+
     def close(self) -> None:
         """Ends the cluster that this process started for the endpoint; on a cluster of its own it goes on serving."""
         self._cluster.close()
@@ -170,6 +175,7 @@ def deploy(
     table = before.model_copy(update={
         "name": model.name, "generation": before.generation + 1, "versions": (*others, had or entry),
         "adapters": _adapters(model, spec, front), "engine": spec.serving.engine, "limits": spec.serving.limits,
+        "filters": spec.serving.filters,
         "tokens": before.tokens or (tables.digest_of(token),),
     })  # fmt: skip
     on_phase("deploy")
@@ -364,14 +370,26 @@ def comparison(made: Endpoint) -> list[dict[str, Any]]:
 
 
 def remove(storage: str | Path, name: str) -> None:
-    """Stops serving an endpoint and removes its files; the models stay on the register."""
+    """Stops serving an endpoint and removes its files; the models stay on the register.
+
+    On a cluster its application is taken away; a process of this machine that serves it sees its address go, and ends.
+
+    Raises:
+        BackendError: it is still served after a minute.
+    """
     made = open_endpoint(storage, name)
-    if live_replicas(made.folder):
+    (made.folder / ADDRESS).unlink()
+    if os.environ.get("RAY_ADDRESS"):
         from hpo import tune
         from serving.targets import ray_serve
 
         with tune.connect():
             ray_serve.remove(name)
+    until = time.monotonic() + 60
+    while live_replicas(made.folder):
+        if time.monotonic() > until:
+            raise BackendError(f"Endpoint {name} is still served. End the process or the cluster that serves it.")
+        time.sleep(0.2)
     shutil.rmtree(made.folder)
 
 

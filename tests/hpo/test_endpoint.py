@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
@@ -227,7 +226,12 @@ def test_hpo_endpoint_deploy_serves_until_it_is_interrupted(study, tmp_path):
     assert replicas(folder) == []
     with pytest.raises(BackendError, match="does not answer"):
         made.ask("hello")
-    shutil.rmtree(folder)
+    # Removed, which ends the process that serves it.
+    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "Serving until Ctrl-C" not in process.stderr.readline():
+        assert process.poll() is None
+    endpoints.remove(study.spec.storage, "bot")
+    assert process.wait(30) == 0 and not folder.exists()
+    process.communicate()
     for model in study.models():
         study.store.set_stage("bot", model.version, "candidate")
-    assert os.path.isdir(study.spec.folder)
