@@ -35,7 +35,7 @@ def draft(file: str, model: str, *, name: str | None = None, folder: Path | None
     """Returns a study file for a data file and a model, checked to run.
 
     Args:
-        file: JSONL or CSV rows.
+        file: rows as JSONL, JSON, CSV, Parquet or Arrow, a folder with a data set, or `hub:OWNER/NAME`.
         model: `embedded`, a folder or a Hugging Face id.
         name: of the study; default from the file's.
         folder: where the study file will lie; paths are written relative to it.
@@ -75,8 +75,8 @@ def _name(stem: str) -> str:
 def _data(file: str) -> tuple[DataConfig, list[str]]:
     """Returns the data configuration that fits the file's columns, and a sentence on why."""
     tried: list[Problem] = []
-    for task in ("classification", "instruction", "completion"):
-        config = DataConfig(train=str(Path(file).resolve()), task=task)
+    for task in ("chat", "classification", "instruction", "completion"):
+        config = DataConfig(train=file if file.startswith(training_data.HUB) else str(Path(file).resolve()), task=task)
         try:
             rows = training_data.read(config)
         except InputError as error:
@@ -93,7 +93,7 @@ def _data(file: str) -> tuple[DataConfig, list[str]]:
 
 
 def _lines(name, file, model, folder, config, shape: Shape, max_length, gpus, tokenizer, rows) -> list[str]:
-    data = os.path.relpath(Path(file).resolve(), folder)
+    data = file if file.startswith(training_data.HUB) else os.path.relpath(Path(file).resolve(), folder)
     model_path = os.path.relpath(Path(model).resolve(), folder) if Path(model).is_dir() else model
     if model_path != model and not model_path.startswith("."):
         model_path = f"./{model_path}"

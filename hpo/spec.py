@@ -72,6 +72,9 @@ class Serving(Frozen):
 
     engine: EngineSettings = EngineSettings()
     limits: ServingLimits = ServingLimits()
+    filters: str | None = Field(
+        None, pattern=r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", description="module:function of a content filter, text -> reason or None"
+    )
 
 
 class Spec(Frozen):
@@ -385,7 +388,7 @@ def _anchor(raw: dict, folder: Path) -> None:
         raw["data"] = dict(raw["data"])
         for name in ("train", "validation", "test"):
             value = raw["data"].get(name)
-            if isinstance(value, str) and value and not value.startswith(training_data.EMBEDDED):
+            if isinstance(value, str) and value and not value.startswith((training_data.EMBEDDED, training_data.HUB)):
                 raw["data"][name] = str(folder / _expanded(value))
     if isinstance(raw.get("recipe"), dict) and isinstance(model := raw["recipe"].get("model"), str):
         expanded = _expanded(model)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import threading
 import time
@@ -28,7 +27,7 @@ from hpo.search import Search
 from hpo.spec import Loaded, Spec
 from hpo.store import Record, Store, open_store
 from hpo.trial import Trial
-from training import data as training_data
+from training import sources
 from training.recipe import DataConfig, Job, Outcome, Train
 
 if TYPE_CHECKING:
@@ -442,19 +441,12 @@ def _without_paths(written: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _snapshot(spec: Spec, digest: str) -> DataConfig:
-    """Copies the data files into the study's folder, where every node sees them and nobody edits them."""
+    """Copies the data files (of folders and the hub: their rows) into the study's folder, where every node sees them."""
     folder = spec.folder / "data" / digest[:16]
     update = {}
     for name in ("train", "validation", "test"):
         if (given := getattr(spec.data, name)) is not None:
-            source = training_data.locate(given)
-            target = folder / f"{name}{source.suffix}"
-            if not target.exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                aside = target.with_name(f".{target.name}.{os.getpid()}")
-                shutil.copyfile(source, aside)
-                aside.rename(target)
-            update[name] = str(target)
+            update[name] = str(sources.keep(given, name, f"data.{name}", folder))
     return spec.data.model_copy(update=update)
 
 

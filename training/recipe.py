@@ -81,21 +81,70 @@ class Recipe(Frozen):
         return self
 
 
+class Clean(Frozen):
+    """What happens to rows with a problem; each is counted, whatever happens. Only `leak` changes rows by default."""
+
+    unreadable: Literal["error", "drop"] = Field("error", description="a line that is no record")
+    missing: Literal["error", "drop"] = Field("error", description="a field is absent or nothing")
+    wrong_type: Literal["error", "drop"] = Field("error", description="a field is no text, or no conversation")
+    empty: Literal["error", "drop"] = Field("error", description="a field, or the answer, has no text")
+    broken_text: Literal["keep", "error", "drop"] = Field("keep", description="traces of a wrong encoding, such as U+FFFD")
+    repeated: Literal["keep", "error", "drop"] = Field("keep", description="a training row that stands there before")
+    near_repeated: Literal["keep", "error", "drop"] = Field("keep", description="a training row much like one before")
+    leak: Literal["drop", "error"] = Field("drop", description="a row that stands in test or validation rows too")
+    near_leak: Literal["keep", "error", "drop"] = Field("keep", description="a training row much like a held-out one")
+
+
+class Split(Frozen):
+    """How validation and test rows are cut from the training rows, where they have no files of their own."""
+
+    by: Literal["seed", "stratified", "group"] = Field("seed", description="stratified: same shares; group: groups stay whole")
+    column: str | None = Field(None, min_length=1, description="the file's column; stratified default: the label")
+    together: Literal["exact", "near"] = Field("exact", description="near: rows much like each other stay on one side")
+    validation: Number = Field(0.1, gt=0, lt=1, description="share of the rows that test leaves")
+    test: Number = Field(0.1, gt=0, lt=1, description="share of the rows")
+
+    @model_validator(mode="after")
+    def _has_a_column(self) -> Split:
+        if self.by == "group" and self.column is None:
+            raise ValueError("by: group needs column, the name of the column that names the groups")
+        if self.by == "seed" and self.column is not None:
+            raise ValueError(f"by: seed looks at no column, got column: {self.column}")
+        return self
+
+
 class DataConfig(Frozen):
     """Where the rows are and how a row becomes a prompt and a response."""
 
-    train: str = Field(min_length=1, description="JSONL or CSV file, or `embedded:train.jsonl`")
+    train: str = Field(min_length=1, description="file, folder, `hub:OWNER/NAME` or `embedded:train.jsonl`")
     validation: str | None = Field(None, description="rows that the search scores on; default: a seeded tenth of train")
     test: str | None = Field(None, description="rows that no trial sees; default: another seeded tenth of train")
-    format: Literal["jsonl", "csv"] | None = Field(None, description="default: from the file name")
-    task: Literal["instruction", "classification", "completion"] = "instruction"
+    format: Literal["jsonl", "csv", "json", "parquet", "arrow"] | None = Field(None, description="default: from the file name")
+    task: Literal["instruction", "classification", "completion", "chat"] = "instruction"
     columns: dict[str, str] = Field(
-        default_factory=dict, description="our name -> the file's (instruction, input, response, text, label)"
+        default_factory=dict, description="our name -> the file's (instruction, input, response, text, label, messages, system)"
     )
-    template: str | None = Field(None, max_length=20_000, description="prompt with {columns} in braces; default: the task's")
+    template: str | None = Field(
+        None,
+        max_length=20_000,
+        description="prompt with {columns} in braces, a name (chatml, ...) or a Jinja chat template; default: the model's",
+    )
     separator: str | None = Field(None, min_length=1, description="completion: only what follows its last occurrence is learned")
     labels: tuple[str, ...] = Field((), description="classification: the labels; default: those of the training rows")
     limit: Whole | None = Field(None, ge=1, description="use at most so many training rows")
+    clean: Clean = Field(default_factory=Clean, description="what happens to rows with a problem")
+    split: Split = Field(default_factory=Split, description="how rows are held out")
+    too_long: Literal["cut_prompt", "cut_end", "drop", "error"] = Field(
+        "cut_prompt", description="training rows beyond max_length; held-out rows always lose the beginning of their prompt"
+    )
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what decides the rows besides the files; a field that came later counts once it is not its default."""
+        fields = type(self).model_fields
+        later = {
+            n for n in ("clean", "split", "too_long") if getattr(self, n) == fields[n].get_default(call_default_factory=True)
+        }
+        return self.model_dump(exclude={"train", "validation", "test"} | later)
 
 
 class EvaluationConfig(Frozen):
@@ -121,6 +170,32 @@ class Limits(Frozen):
 
     peak_bytes: Whole | None = Field(None, ge=1, description="bytes on one worker")
     seconds: Number | None = Field(None, gt=0, description="of training steps")
+
+
+def clashes(recipe: Recipe, resources: Resources) -> list[tuple[str, str, str]]:
+    """Returns what does not go together in a recipe and on what it is trained, as (field, rule, remedy).
+
+    These are no errors of a `Recipe` itself: in a space of choices some points may clash while the others are sound.
+    """
+    several = resources.workers > 1 or recipe.zero_stage > 0
+    found = []
+    if recipe.adapter == "full" and recipe.bits < 16:
+        found.append(("adapter", f"full trains the weights themselves, which {recipe.bits} bits cannot hold.",
+                      "Set bits: 32, or 16 with precision: bf16, or train an adapter."))  # fmt: skip
+    if recipe.adapter == "full" and recipe.lora_plus_ratio != 1:
+        found.append(("lora_plus_ratio", f"full has no A and B, whose rates could differ by {recipe.lora_plus_ratio:g}.",
+                      "Leave lora_plus_ratio out, or train an adapter."))  # fmt: skip
+    if recipe.adapter == "dora" and recipe.bits == 8 and not resources.gpus:
+        found.append(("adapter", "dora cannot read a base of 8 bits on a CPU (PEFT loses its scales after the first forward).",
+                      "Set bits: 4, 16 or 32, or train on a GPU."))  # fmt: skip
+    if recipe.optimizer.startswith("paged") and not resources.gpus:
+        found.append(("optimizer", f"{recipe.optimizer} moves pages between a GPU and the host, and there is no GPU.",
+                      f"Set optimizer: {recipe.optimizer.removeprefix('paged_')}, or resources.gpus."))  # fmt: skip
+    if recipe.adapter == "adalora" and several:
+        found.append(("adapter", "adalora decides on ranks by the gradients of one process, so it trains with workers: 1 and "
+                      f"zero_stage: 0, got {resources.workers} and {recipe.zero_stage}.",
+                      "Set both so, or use another adapter."))  # fmt: skip
+    return found
 
 
 class Job(Frozen):
@@ -172,32 +247,6 @@ class Outcome(Frozen):
 
 Report = Callable[[Progress], str | None]
 """Takes a Progress; returns None to go on, or the reason to stop. Called by the main worker; never raises."""
-def clashes(recipe: Recipe, resources: Resources) -> list[tuple[str, str, str]]:
-    """Returns what does not go together in a recipe and on what it is trained, as (field, rule, remedy).
-
-    These are no errors of a `Recipe` itself: in a space of choices some points may clash while the others are sound.
-    """
-    several = resources.workers > 1 or recipe.zero_stage > 0
-    found = []
-    if recipe.adapter == "full" and recipe.bits < 16:
-        found.append(("adapter", f"full trains the weights themselves, which {recipe.bits} bits cannot hold.",
-                      "Set bits: 32, or 16 with precision: bf16, or train an adapter."))  # fmt: skip
-    if recipe.adapter == "full" and recipe.lora_plus_ratio != 1:
-        found.append(("lora_plus_ratio", f"full has no A and B, whose rates could differ by {recipe.lora_plus_ratio:g}.",
-                      "Leave lora_plus_ratio out, or train an adapter."))  # fmt: skip
-    if recipe.adapter == "dora" and recipe.bits == 8 and not resources.gpus:
-        found.append(("adapter", "dora cannot read a base of 8 bits on a CPU (PEFT loses its scales after the first forward).",
-                      "Set bits: 4, 16 or 32, or train on a GPU."))  # fmt: skip
-    if recipe.optimizer.startswith("paged") and not resources.gpus:
-        found.append(("optimizer", f"{recipe.optimizer} moves pages between a GPU and the host, and there is no GPU.",
-                      f"Set optimizer: {recipe.optimizer.removeprefix('paged_')}, or resources.gpus."))  # fmt: skip
-    if recipe.adapter == "adalora" and several:
-        found.append(("adapter", "adalora decides on ranks by the gradients of one process, so it trains with workers: 1 and "
-                      f"zero_stage: 0, got {resources.workers} and {recipe.zero_stage}.",
-                      "Set both so, or use another adapter."))  # fmt: skip
-    return found
-
-
 
 Train = Callable[[Job, Report], Outcome]
 """The signature of `training.loop.train`, of `training.simulate`, and of a user's own train function."""

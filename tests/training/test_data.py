@@ -445,3 +445,68 @@ def test_plain_text_is_not_rendered_as_a_conversation(tmp_path):
     tokenizer = load_tokenizer(Recipe())
     assert tokenizer.chat_template
     assert prompt_of(read(config).train[0], config, tokenizer).startswith("Q: ")
+
+
+# What may never change for studies that exist
+
+
+def test_rows_and_digest_of_a_study_that_says_nothing_new_stay_as_they_were(tmp_path):
+    """Recorded before there were `clean`, `split` and `too_long`; a study is continued only with the same digest."""
+    path = write_jsonl(tmp_path / "a.jsonl", good(30))
+    rows = read(DataConfig(train=path))
+    assert rows.digest == "735b46bbde195e4a5c48d1930a179f4031393190a7ad880c463f219f0eee1cff"
+    assert (
+        read(DataConfig(train=path, limit=9, template="{instruction}"), seed=3).digest
+        == "74e0fd660f14d35e632fc93f11eab74b1fa83e380263c4cb53257acfbf0edcf1"
+    )
+    assert [row["response"] for row in rows.test + rows.validation] == [
+        "word 3",
+        "word 10",
+        "word 18",
+        "word 27",
+        "word 5",
+        "word 4",
+    ]
+    changed = [DataConfig(train=path, clean={"repeated": "drop"}), DataConfig(train=path, split={"test": 0.2}),
+               DataConfig(train=path, too_long="drop")]  # fmt: skip
+    assert len({read(config).digest for config in changed} | {rows.digest}) == 4
+
+
+# Rows that are too long
+
+
+@pytest.mark.parametrize("how", ["cut_prompt", "cut_end", "drop", "error"])
+def test_what_is_too_long_is_treated_as_said_and_counted(tokenizer, how):
+    rows = [{"instruction": "word " * 60, "response": "answer"}, {"instruction": "short", "response": "long " * 60},
+            {"instruction": "short", "response": "answer"}]  # fmt: skip
+    whole = tokenize(rows, DataConfig(train="x"), tokenizer, 500)
+    assert (whole.cut, whole.dropped) == (0, 0)
+    config = DataConfig(train="x", too_long=how)
+    if how == "error":
+        with pytest.raises(InputError, match="recipe.max_length: 2 of 3 rows are longer than 30 tokens"):
+            tokenize(rows, config, tokenizer, 30)
+        return
+    found = tokenize(rows, config, tokenizer, 30)
+    assert found.ids[-1] == whole.ids[-1] and found.prompt_lengths[-1] == whole.prompt_lengths[-1]
+    assert (found.cut, found.dropped, len(found)) == {"drop": (0, 2, 1)}.get(how, (2, 0, 3))
+    assert all(len(ids) <= 30 and length < len(ids) for ids, length in zip(found.ids, found.prompt_lengths, strict=True))
+    if how == "cut_prompt":
+        assert found.ids[0] == whole.ids[0][-30:]
+    if how == "cut_end":
+        assert found.ids[1] == whole.ids[1][:30] and found.prompt_lengths[1] == whole.prompt_lengths[1]
+        assert found.ids[0] == whole.ids[0][-30:]  # its prompt alone leaves no room
+
+
+def test_held_out_rows_are_the_same_whatever_becomes_of_long_training_rows(tmp_path, tokenizer):
+    records = [{"instruction": "word " * (i % 30) + str(i), "response": f"answer {i}"} for i in range(60)]
+    path = write_jsonl(tmp_path / "a.jsonl", records)
+    found = []
+    for how in ("cut_prompt", "cut_end", "drop"):
+        config = DataConfig(train=path, too_long=how)
+        fresh = prepare(read(config), config, tokenizer, 24, cache=str(tmp_path / "cache"))
+        assert fresh == prepare(read(config), config, tokenizer, 24, cache=str(tmp_path / "cache"))
+        found.append(fresh)
+    assert found[0].test == found[1].test == found[2].test and found[0].validation == found[2].validation
+    assert found[2].train.dropped == found[0].train.cut == found[1].train.cut > 0
+    with pytest.raises(InputError, match="rows are longer than 8 tokens"):
+        prepare(read(config), config.model_copy(update={"too_long": "error"}), tokenizer, 8)

@@ -9,6 +9,6 @@ from types import ModuleType
 
 def load(name: str) -> ModuleType:
     """Returns the module of a task by its name; names were checked by DataConfig."""
-    from training.tasks import classification, completion, instruction
+    from training.tasks import chat, classification, completion, instruction
 
-    return {"instruction": instruction, "classification": classification, "completion": completion}[name]
+    return {"instruction": instruction, "classification": classification, "completion": completion, "chat": chat}[name]
