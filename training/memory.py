@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from training.adapters import start_rank
 from training.model import Shape, is_attention, match
 from training.recipe import Recipe
 from training.zero import BUCKET
@@ -22,6 +23,9 @@ FP32 = 4
 NF4_OVERHEAD = 1 / 64 + FP32 / (64 * 256)
 INT8_OVERHEAD = FP32  # a scale per output row
 INDICES = 3 * 8  # input ids, mask and positions of a token, int64
+ALLOCATOR = 3  # AdaLoRA's scores of every element: its importance, the mean of that, and of its deviation
+# bitsandbytes: moments in 8 bits of tensors from SMALL elements on, with an fp32 scale per 256; those from PAGE on may be paged.
+SMALL, BLOCK, PAGE = 4096, 256, 100_000
 SUPERVISED = 0.35  # share of a row that is response, where the caller does not know
 
 
@@ -29,6 +33,7 @@ SUPERVISED = 0.35  # share of a row that is response, where the caller does not 
 class Memory:
     """Predicted bytes on one worker at the peak of a training step.
 
+    `adapters` are what is trained besides the base's own weights, and moments, gradients and buffers of all that is trained;
     `activations` are what the forward pass keeps and the temporaries at the peak; `logits` are those at the peak.
     """
 
@@ -52,8 +57,10 @@ class _Block:
     heads: int
     wide: int  # inner width of the feed-forward part
     into: int  # outputs of the linear layers into it: twice `wide` where it is gated
-    attention_inputs: list[int]  # input widths of the adapted modules
+    attention_inputs: list[int]  # input widths of the trained modules
     inner_inputs: list[int]
+    attention_outputs: int  # their outputs together
+    inner_outputs: int
     down: bool  # the layer out of the feed-forward part is adapted
 
 
@@ -79,13 +86,14 @@ def predict(
     answer = min(response or int(SUPERVISED * width), width - 1)
     share = max(1, recipe.batch_size // workers)
     micro = min(recipe.micro_batch or share, share)
-    targets = match(recipe.targets, shape)
-    parameters = recipe.rank * sum(a + b for a, b in targets.values())
-    standing, gradients = _adapter_bytes(recipe, parameters, workers)
+    targets = _trained_modules(recipe, shape)
+    tensors = _trained(recipe, shape)
+    standing, gradients = _adapter_bytes(recipe, tensors, workers)
     # Sequences of a forward, and the gradients that stand before it: a whole one, and the rest where the batch has one.
     forwards = [(micro, gradients if share >= 2 * micro else 0), (share % micro, gradients)]
 
-    mask = 0 if not recipe.dropout else 1 if device == "cuda" else FP32
+    dropout = recipe.dropout if recipe.adapter != "full" else 0
+    mask = 0 if not dropout else 1 if device == "cuda" else FP32
     attention, inner = _kept(recipe, block, size, mask, width)
     layers = shape.layers
     if recipe.gradient_checkpointing:
@@ -94,10 +102,13 @@ def predict(
         kept = layers * (attention + inner) - _below(block, attention, size)
     kept += 2 * block.head * size + INDICES + width  # rotary tables, indices, the boolean attention mask
 
-    shared = recipe.precision == "fp32" and not recipe.dropout  # adapters keep their input itself, else a copy of their own
+    copies, norms = _dora_bytes(recipe, targets, size)
+    ends = _embedding_bytes(recipe, shape)
+    copies /= layers if recipe.gradient_checkpointing else 1
+    shared = _shared(recipe)  # adapters keep their input itself, else a copy of their own
     down = block.wide * (size + mask) if block.down and not (shared and recipe.bits == 8) else 0  # freed once it was used
     product = 0 if shared or recipe.bits == 8 else block.wide * size  # else it is kept already
-    cast = FP32 * block.wide * (2 if recipe.dropout else 1) if block.down and size < FP32 else 0
+    cast = FP32 * block.wide * (2 if dropout else 1) if block.down and size < FP32 and recipe.adapter != "full" else 0
     scratch = max((a * b for a, b in shape.linear.values()), default=0) * size if recipe.bits < 16 else 0
     wide, hidden = block.wide * size, block.hidden * size
     moments: list[tuple[float, float, float]] = []  # gradients, activations, logits
@@ -106,16 +117,16 @@ def predict(
         moments += [
             # End of forward: the product of the feed-forward part, its copies in fp32 for dropout and adapter, the outputs of
             # base and adapter and the two ends of the residual stream.
-            (earlier, tokens * (kept + product + cast + 4 * hidden), 0),
+            (earlier, tokens * (kept + product + cast + 4 * hidden) + copies + norms, 0),
             # Loss: logits, their logarithm, and two gradients, in fp32.
-            (earlier, tokens * (kept + hidden), scores * (size + 3 * FP32)),
+            (earlier, tokens * (kept + hidden) + copies, scores * (size + 3 * FP32)),
             # Backward through the last feed-forward part: gradients of product, activation and gate, and the residual's; or a
             # dequantized weight.
-            (earlier, tokens * (kept - down + 3 * wide + hidden), scores * size),
-            (earlier, tokens * (kept + hidden) + scratch, scores * size),
+            (earlier, tokens * (kept - down + 3 * wide + hidden) + copies + ends / 2, scores * size),
+            (earlier, tokens * (kept + hidden) + copies + scratch, scores * size),
             # End of backward: the first block, and the gradients of all others; then all gradients alone.
             (gradients * (layers - 1) / layers, tokens * (attention + inner + 3 * wide + hidden), scores * size),
-            (gradients, tokens * hidden, scores * size),
+            (gradients, tokens * hidden + ends, scores * size),
         ]
     more, activations, logits = max(moments, key=sum)
     return Memory(int(_weight_bytes(recipe, shape)), int(standing + more), int(activations), int(logits))
@@ -135,18 +146,78 @@ def _weight_bytes(recipe: Recipe, shape: Shape) -> float:
     return weights
 
 
-def _adapter_bytes(recipe: Recipe, parameters: int, workers: int) -> tuple[float, float]:
-    """Returns the bytes of adapters that always stand (weights, AdamW's two moments, buffers), and of their gradients."""
-    moments, gradients, buffer = 2 * FP32 * parameters, FP32 * parameters, 0
+def _trained_modules(recipe: Recipe, shape: Shape) -> dict[str, tuple[int, int]]:
+    return shape.linear if recipe.adapter == "full" else match(recipe.targets, shape)
+
+
+def _trained(recipe: Recipe, shape: Shape) -> list[int]:
+    """Returns the elements of every tensor that is trained; of a whole model all but the linear layers counts as one."""
+    if recipe.adapter == "full":
+        return [a * b for a, b in shape.linear.values()] + [shape.parameters - shape.linear_parameters]
+    rank, found = start_rank(recipe), []
+    for out, width in match(recipe.targets, shape).values():
+        found += [rank * width, rank * out]
+        found += {"dora": [out], "adalora": [rank]}.get(recipe.adapter, [])
+    return found
+
+
+def _adapter_bytes(recipe: Recipe, tensors: list[int], workers: int) -> tuple[float, float]:
+    """Returns the bytes of what is trained that always stand (weights of adapters, moments, buffers), and of gradients."""
+    full, parameters = recipe.adapter == "full", sum(tensors)
+    size = BYTES[recipe.bits] if full else FP32
+    weights = 0 if full else FP32 * parameters  # those of a whole model are counted with the base
+    moments, gradients, buffer = _moments(recipe, tensors, size), size * parameters, 0
     if recipe.zero_stage:  # the moments are shared, and each worker keeps an fp32 copy of its share of the weights
         moments = (moments + FP32 * parameters) / workers
         buffer = FP32 * min(BUCKET, parameters)
     elif workers > 1:  # data-parallel training reduces gradients in buckets of their own
-        buffer = FP32 * parameters
+        buffer = size * parameters
     if recipe.zero_stage == 2:
         gradients /= workers
-    copies = 2 * parameters if recipe.precision == "bf16" else 0  # autocast keeps a copy of what is trained
-    return FP32 * parameters + moments + copies + buffer, gradients
+    copies = 2 * parameters if recipe.precision != "fp32" and not full else 0  # autocast keeps a copy of what is trained
+    if recipe.adapter == "adalora":
+        moments += ALLOCATOR * FP32 * parameters
+        # For the backward pass: A times E of each layer; and of the penalty the products A A' and B' B.
+        rank = start_rank(recipe)
+        buffer += FP32 * sum(tensors[::3]) + 2 * FP32 * rank * rank * len(tensors[::3])
+    return weights + moments + copies + buffer, gradients
+
+
+def _moments(recipe: Recipe, tensors: list[int], size: float) -> float:
+    """Returns the bytes of the optimizer's two moments on the device; what may be paged out is not counted there."""
+    total = 0.0
+    for elements in tensors:
+        if recipe.optimizer.startswith("paged") and elements >= PAGE:
+            continue
+        eight = recipe.optimizer.endswith("8bit") and elements >= SMALL
+        total += 2 * elements * (1 + FP32 / BLOCK if eight else size if recipe.optimizer == "adamw" else FP32)
+    return total
+
+
+def _dora_bytes(recipe: Recipe, targets: dict[str, tuple[int, int]], size: int) -> tuple[float, float]:
+    """Returns the bytes of weights that DoRA keeps in the computation's precision for its backward pass, and of one norm.
+
+    With dropout PEFT computes the base's output once more, from dropped inputs. For the norm it multiplies A and B out through
+    an identity matrix as wide as the layer's input, and adds the product to the weight.
+    """
+    if recipe.adapter != "dora":
+        return 0, 0
+    converted = recipe.bits < 16 or (recipe.bits == 32 and size < FP32)
+    copies = size * sum(a * b for a, b in targets.values()) if recipe.dropout and converted else 0
+    return copies, FP32 * max(width * width + 3 * out * width for out, width in targets.values())
+
+
+def _embedding_bytes(recipe: Recipe, shape: Shape) -> float:
+    """Returns the bytes of two more gradients of a trained embedding that is the output layer as well: they are added up."""
+    tied = recipe.adapter == "full" and shape.config.get("tie_word_embeddings", True)
+    return 2 * BYTES[recipe.bits] * shape.vocabulary * shape.hidden if tied else 0
+
+
+def _shared(recipe: Recipe) -> bool:
+    """Says whether what is trained keeps its layer's input as it is, and no cast or dropped copy of its own."""
+    if recipe.adapter == "full":
+        return recipe.precision == "fp32" or recipe.bits == 16
+    return recipe.precision == "fp32" and not recipe.dropout
 
 
 def _block(recipe: Recipe, shape: Shape) -> _Block:
@@ -157,11 +228,14 @@ def _block(recipe: Recipe, shape: Shape) -> _Block:
     into = sum(out for out, width in inner.values() if width == shape.hidden) // shape.layers
     first = next(iter(shape.linear), "").split(".")
     layer = ".".join(first[: next((i for i, part in enumerate(first) if part.isdigit()), 0) + 1]) + "."
-    chosen = {name: width for name, (_, width) in match(recipe.targets, shape).items() if name.startswith(layer)}
+    trained = {name: each for name, each in _trained_modules(recipe, shape).items() if name.startswith(layer)}
+    chosen = {name: width for name, (_, width) in trained.items()}
     return _Block(
         hidden=shape.hidden, attention=heads * head, head=head, heads=heads, wide=wide, into=into,
         attention_inputs=[width for name, width in chosen.items() if is_attention(name)],
         inner_inputs=[width for name, width in chosen.items() if not is_attention(name)],
+        attention_outputs=sum(out for name, (out, _) in trained.items() if is_attention(name)),
+        inner_outputs=sum(out for name, (out, _) in trained.items() if not is_attention(name)),
         down=any(not is_attention(name) and width == wide for name, width in chosen.items()),
     )  # fmt: skip
 
@@ -181,15 +255,19 @@ def _kept(recipe: Recipe, block: _Block, size: int, mask: int, width: int) -> tu
     attention = FP32 * block.hidden + 4 * block.attention * size + FP32 * block.heads + width * size
     # The input of the norm in fp32; gate and up; where gated also the activation, which is multiplied.
     inner = FP32 * block.hidden + block.into * size + (block.wide * size if block.into > block.wide else 0)
-    for inputs, own in ((block.attention_inputs, block.attention), (block.inner_inputs, None)):
-        added = recipe.rank * size * len(inputs)
-        if recipe.precision == "fp32" and not recipe.dropout:
+    full = recipe.adapter == "full"
+    parts = (block.attention_inputs, block.attention_outputs, block.attention), (block.inner_inputs, block.inner_outputs, None)
+    for inputs, outputs, own in parts:
+        # The inner dimension; a norm whose weight is trained keeps what it multiplies; DoRA the outputs of base and adapter.
+        added = size * block.hidden if full else start_rank(recipe) * size * len(inputs)
+        added += 2 * size * outputs if recipe.adapter == "dora" else 0
+        if _shared(recipe):
             # The adapters share the input as it is; that of the output projection is kept by attention already.
             distinct = set(inputs) if own is None else ({block.hidden} if len(inputs) > 1 or inputs == [block.hidden] else set())
             added += size * sum(distinct)
         else:
             added += (size + mask) * sum(inputs)  # each adapter its own cast or dropped copy, and the mask
-        if recipe.bits == 8 and not (inputs and recipe.precision == "fp32" and not recipe.dropout):
+        if recipe.bits == 8 and not (inputs and _shared(recipe)):
             added += size * (block.hidden + (block.wide if own is None else 0))  # LLM.int8 keeps the inputs as well
         attention, inner = (attention + added, inner) if own is not None else (attention, inner + added)
     return attention, inner

@@ -30,6 +30,23 @@ RECIPES = [
     {"precision": "bf16", "bits": 16},
     {"precision": "bf16", "bits": 4, "dropout": 0, "gradient_checkpointing": True},
     {"precision": "bf16", "bits": 8, "targets": "attention"},
+    {"adapter": "dora", "dropout": 0},
+    {"adapter": "dora", "rank": 64, "batch_size": 1},
+    {"adapter": "dora", "bits": 4},
+    {"adapter": "dora", "precision": "bf16", "batch_size": 32, "micro_batch": 4},
+    {"adapter": "dora", "precision": "bf16", "bits": 16, "gradient_checkpointing": True},
+    {"adapter": "adalora", "dropout": 0},
+    {"adapter": "adalora", "rank": 64, "batch_size": 1},
+    {"adapter": "adalora", "bits": 8},
+    {"adapter": "adalora", "precision": "bf16", "bits": 16, "targets": "mlp"},
+    {"adapter": "full"},
+    {"adapter": "full", "batch_size": 1},
+    {"adapter": "full", "precision": "bf16"},
+    {"adapter": "full", "precision": "bf16", "bits": 16, "batch_size": 32, "micro_batch": 4},
+    {"adapter": "full", "gradient_checkpointing": True},
+    {"lora_plus_ratio": 8, "rank": 64},
+    {"optimizer": "adamw_8bit", "rank": 128, "batch_size": 1},
+    {"optimizer": "adamw_8bit", "adapter": "full", "batch_size": 1},
 ]
 
 
@@ -75,7 +92,8 @@ def test_they_are_there_in_the_rest_of_a_batch_too():
     assert peak(9, 5) == peak(8, 4)  # four rows after others
 
 
-@pytest.mark.parametrize("fields", [{}, {"bits": 4, "targets": "mlp"}, {"gradient_checkpointing": True, "rank": 32}])
+@pytest.mark.parametrize("fields", [{}, {"bits": 4, "targets": "mlp"}, {"gradient_checkpointing": True, "rank": 32},
+                                    {"adapter": "dora"}, {"adapter": "adalora"}, {"adapter": "full"}])  # fmt: skip
 def test_it_holds_for_another_shape(make_job, fields):
     job = make_job(**fields, steps=2)
     found, lengths = counted(job)
@@ -110,3 +128,11 @@ def test_workers_share_the_batch_and_with_zero_the_state():
 
 def test_a_row_is_never_longer_than_the_recipe_allows():
     assert total(max_length=32, tokens_per_row=500) == total(max_length=32, tokens_per_row=0) == total(tokens_per_row=32)
+
+
+def test_moments_in_8_bits_are_a_quarter_and_what_may_be_paged_is_not_on_the_device():
+    parts = {name: memory.predict(Recipe(adapter="full", optimizer=name), describe("embedded")).adapters
+             for name in ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")}  # fmt: skip
+    parameters = describe("embedded").parameters
+    assert parts["adamw"] - parts["adamw_8bit"] == pytest.approx(2 * parameters * (4 - 1 - 1 / 64), rel=0.01)
+    assert parts["paged_adamw"] < parts["adamw"] and parts["paged_adamw_8bit"] < parts["adamw_8bit"]

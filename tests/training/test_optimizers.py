@@ -7,6 +7,7 @@ import torch
 
 from training import loop, optimizers
 from training.adapters import ADAPTERS, attach
+from training.errors import InputError
 from training.model import describe, load_model
 from training.recipe import Recipe
 
@@ -58,3 +59,28 @@ def test_a_higher_rate_of_b_moves_b_further(make_job):
         moved[ratio] = {name: (p - start[name]).abs().max().item() for name, p in model.named_parameters() if name in start}
     for name in moved[1]:
         assert moved[16][name] == pytest.approx(moved[1][name] * (16 if "lora_B" in name else 1), rel=0.01)
+
+
+def test_moments_in_8_bits_learn_like_those_in_32(make_job):
+    losses = {}
+    for name in ("adamw", "adamw_8bit"):
+        job = make_job(model="embedded", rank=64, optimizer=name, steps=12, learning_rate=5e-3)
+        losses[name] = []
+        loop.train(job, lambda progress, name=name: losses[name].append(progress.metrics["train_loss"]))
+    assert losses["adamw_8bit"] == pytest.approx(losses["adamw"], rel=0.05)
+    assert losses["adamw_8bit"] != losses["adamw"]
+    assert losses["adamw_8bit"][-1] < 0.8 * losses["adamw_8bit"][0]
+
+
+def test_only_tensors_that_are_large_enough_have_moments_in_8_bits(llama):
+    optimizer, model, _ = built(llama, adapter="full", optimizer="adamw_8bit")
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    kinds = {(p.numel() >= optimizers.SMALL, optimizer.state[p]["state1"].dtype) for p in model.parameters()}
+    assert kinds == {(True, torch.uint8), (False, torch.float32)}
+
+
+def test_paged_moments_without_a_gpu_are_refused(make_job):
+    with pytest.raises(InputError, match="optimizer: paged_adamw moves pages between a GPU and the host, and there is no GPU"):
+        loop.train(make_job(optimizer="paged_adamw"))
