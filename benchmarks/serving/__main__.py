@@ -3,8 +3,8 @@
     python -m benchmarks.serving [--quick] [--storage DIR]
 
 The embedded model, packaged in fp32, on a private Ray cluster, by the real app over HTTP on loopback. The peer is transformers'
-own `generate`, one request at a time, in the same run. Clients are a process of their own on the same cores: they, Serve's proxy
-and the replica share them. Finished parts are kept in --storage; the same command goes on with the next.
+own `generate`, one request at a time with one torch thread, in the same run. Clients are a process of their own, but they, what
+passes requests on and the replicas share two cores. Finished parts are kept in --storage; the same command goes on with the next.
 """
 
 from __future__ import annotations

@@ -26,7 +26,6 @@ from serving.pool import living
 from training import artifact
 from training.model import EMBEDDED
 
-NAME = "speed"
 ROOT = Path(__file__).parents[2]
 SHORTEST, LONGEST, SHORT = 8, 160, 8  # new tokens: of the mixed requests, and of the short one
 
@@ -65,11 +64,11 @@ def short(count: int) -> list[dict]:
 
 
 def publish(folder: Path, made: artifact.Artifact, *, engine: dict | None = None, limits: dict | None = None) -> str:
-    """Writes the table of an endpoint with one version, and returns its token."""
+    """Writes the table of an endpoint with one version, named like the folder, and returns its token."""
     shutil.rmtree(folder, ignore_errors=True)
     token = new_token(folder)
     version = Version(version=1, folder=str(made.folder), digest=made.digest, share=1)
-    write_table(folder, Table(name=NAME, generation=1, versions=(version,), engine=EngineSettings(**(engine or {})),
+    write_table(folder, Table(name=folder.name, generation=1, versions=(version,), engine=EngineSettings(**(engine or {})),
                               limits=Limits(**(limits or {})), tokens=(digest_of(token),)))  # fmt: skip
     return token
 
@@ -105,7 +104,7 @@ def on_ray(folder: Path) -> Iterator[str]:
     try:
         yield url
     finally:
-        ray_serve.remove(NAME)
+        ray_serve.remove(folder.name)
 
 
 @contextlib.contextmanager

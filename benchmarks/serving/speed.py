@@ -11,25 +11,33 @@ CLIENTS = 16
 
 
 def throughput(folder: Path, *, quick: bool) -> dict:
-    """The same requests to one-at-a-time `generate`, the bare engine, and Ray Serve, in turn; ratios are within a round."""
+    """The same requests to one-at-a-time `generate`, the bare engine, and Ray Serve, in turn; ratios are within a round.
+
+    `serve` and `stream` ask an endpoint with a replica for each of two cores, `serve_one` one with a single replica. Half a CPU
+    each, so that both endpoints have room in the cluster at once: a replica has one torch thread all the same.
+    """
     made = place.package(folder / "model")
-    requests, rounds = place.requests(48 if quick else 256), 1 if quick else 3
-    token = place.publish(folder / "endpoint", made)
-    found: dict[str, list[dict]] = {"generate": [], "engine": [], "serve": [], "stream": []}
+    requests, rounds = place.requests(64 if quick else 256), 1 if quick else 3
+    one, two = folder / "one", folder / "two"
+    tokens = {path: place.publish(path, made, engine={"cpus": 0.5, "replicas": n}) for n, path in ((1, one), (2, two))}
+    found: dict[str, list[dict]] = {way: [] for way in ("generate", "engine", "serve_one", "serve", "stream")}
     with (
         place.worker("bare", str(made.folder)) as peer, place.worker("bare", str(made.folder)) as engine,
-        place.worker("load") as load, place.on_ray(folder / "endpoint") as url,
+        place.worker("load") as load, place.on_ray(one) as url_of_one, place.on_ray(two) as url,
     ):  # fmt: skip
-        web = {"url": url, "token": token, "model": place.NAME, "clients": CLIENTS}
-        warm = requests[:CLIENTS]
-        peer.do(do="generate", requests=warm)
-        engine.do(do="engine", requests=warm, clients=CLIENTS)
-        load.do(**web, requests=warm)
+        web = {"url": url, "token": tokens[two], "model": "two", "clients": CLIENTS}
+        ways = {
+            "generate": lambda some: peer.do(do="generate", requests=some),
+            "engine": lambda some: engine.do(do="engine", requests=some, clients=CLIENTS),
+            "serve_one": lambda some: load.do(**web | {"url": url_of_one, "token": tokens[one], "model": "one"}, requests=some),
+            "serve": lambda some: load.do(**web, requests=some),
+            "stream": lambda some: load.do(**web, requests=some, stream=True),
+        }
+        for ask in ways.values():
+            ask(requests[: 2 * CLIENTS])  # warms up
         for _ in range(rounds):
-            found["generate"].append(peer.do(do="generate", requests=requests))
-            found["engine"].append(engine.do(do="engine", requests=requests, clients=CLIENTS))
-            for way in ("serve", "stream"):
-                found[way].append(load.do(**web, requests=requests, stream=way == "stream"))
+            for way, ask in ways.items():
+                found[way].append(ask(requests))
     return _rates(found, requests)
 
 
@@ -53,7 +61,8 @@ def _rates(found: dict[str, list[dict]], requests: list[dict]) -> dict:
     lengths = sorted(request["tokens"] for request in requests)
     return {
         "throughput_ratio_16": ways["serve"]["ratio"], "engine_ratio_16": ways["engine"]["ratio"],
-        "stream_ratio_16": ways["stream"]["ratio"], "clients": CLIENTS, "requests": len(requests), "rounds": len(rates["serve"]),
+        "one_replica_ratio_16": ways["serve_one"]["ratio"], "stream_ratio_16": ways["stream"]["ratio"],
+        "clients": CLIENTS, "requests": len(requests), "rounds": len(rates["serve"]),
         "tokens": tokens, "length_p50": statistics.median(lengths), "length_max": lengths[-1], "ways": ways,
         "all_equal": all(way["equal_texts"] == way["of"] for way in ways.values()),
     }  # fmt: skip
@@ -71,11 +80,11 @@ def latency(folder: Path, *, quick: bool) -> dict:
         place.worker("bare", str(made.folder)) as engine, place.worker("load") as load,
         place.on_uvicorn(folder / "local") as local, place.on_ray(folder / "endpoint") as url,
     ):  # fmt: skip
-        web = {"model": place.NAME, "clients": 1, "requests": requests}
+        web = {"clients": 1, "requests": requests}
         ways = {
             "engine": lambda: engine.do(do="engine", clients=1, requests=requests),
-            "uvicorn": lambda: load.do(**web, url=local, token=local_token),
-            "serve": lambda: load.do(**web, url=url, token=token),
+            "uvicorn": lambda: load.do(**web, url=local, token=local_token, model="local"),
+            "serve": lambda: load.do(**web, url=url, token=token, model="endpoint"),
         }
         for block in range(blocks + 1):
             for way, ask in ways.items():

@@ -32,7 +32,7 @@ def recovery(folder: Path, *, quick: bool) -> dict:
     with place.worker("load") as load, place.on_ray(folder / "endpoint") as url:
         for _ in range(1 if quick else 5):
             _wait(folder / "endpoint", 1)
-            load.begin(url=url, token=token, model=place.NAME, clients=STEADY, requests=requests, seconds=15, pause=PAUSE)
+            load.begin(url=url, token=token, model="endpoint", clients=STEADY, requests=requests, seconds=15, pause=PAUSE)
             time.sleep(2)
             (replica,) = place.alive(folder / "endpoint")
             killed, clock = place.kill(replica), time.time()
@@ -55,7 +55,7 @@ def kills(folder: Path, *, quick: bool) -> dict:
     killed, alone = 0, 0
     with place.worker("load") as load, place.on_ray(folder / "endpoint") as url:
         _wait(folder / "endpoint", 2)
-        load.begin(url=url, token=token, model=place.NAME, clients=STEADY, requests=requests, seconds=lasting, pause=PAUSE,
+        load.begin(url=url, token=token, model="endpoint", clients=STEADY, requests=requests, seconds=lasting, pause=PAUSE,
                    retry=True)  # fmt: skip
         until, turn = time.monotonic() + lasting, time.monotonic() + EVERY
         while turn < until - 1:
@@ -84,7 +84,7 @@ def overload(folder: Path, *, quick: bool) -> dict:
     token = place.publish(folder / "endpoint", made, limits=limits)
     clients = TIMES * (CONCURRENT + QUEUE)
     with place.worker("load") as load, place.on_ray(folder / "endpoint") as url:
-        web = {"url": url, "token": token, "model": place.NAME, "requests": requests}
+        web = {"url": url, "token": token, "model": "endpoint", "requests": requests}
         load.do(**web, clients=1, seconds=1)
         idle = [row["ended"] - row["began"] for row in load.do(**web, clients=1, seconds=3)["rows"]]
         load.begin(**web, clients=clients, seconds=5 if quick else SURGE, obeys=True)
