@@ -17,6 +17,7 @@ from typing import Any
 from hpo import gate
 from hpo import spec as specs
 from hpo.errors import InputError, Problem, SpecError
+from hpo.space import Params
 from hpo.spec import Loaded, Spec
 from training import data as training_data
 from training import memory
@@ -118,7 +119,7 @@ def _look(
         try:
             tokenized = _tokenized(spec, rows)
             found += _beyond_context(shape, tokenized)
-        except SpecError as error:
+        except InputError as error:
             found += error.problems
     return found, shape, rows, tokenized
 
@@ -130,11 +131,10 @@ def _clashes(spec: Spec) -> list[Problem]:
     """
     found = [Problem(f"recipe.{name}", rule, remedy) for name, rule, remedy in clashes(spec.recipe, spec.resources)]
     for i, point in enumerate(spec.start):
-        recipe = spec.space.resolve(point, spec.recipe)
-        found += [Problem(f"start[{i}]", f"{name}: {rule}", remedy) for name, rule, remedy in clashes(recipe, spec.resources)]
+        found += [Problem(f"start[{i}]", f"{name}: {rule}", remedy) for name, rule, remedy in _clashes_at(spec, point)]
     sound, refused, points = set(), {}, list(itertools.islice(spec.space.walk(1), COMBINATIONS + 1))
     for point in points if len(points) <= COMBINATIONS else ():
-        said = clashes(spec.space.resolve(point, spec.recipe), spec.resources)
+        said = _clashes_at(spec, point)
         values = {(name, value) for name, value in point.items() if spec.space[name].type == "choice"}
         sound |= values if not said else set()
         for name, rule, remedy in said[:1]:
@@ -144,6 +144,13 @@ def _clashes(spec: Spec) -> list[Problem]:
         if (dimension, value) not in sound and (sound or dimension == name):
             found.append(Problem(f"space.{dimension}", f"{value!r} goes with no other value here: {name}: {rule}", remedy))
     return found
+
+
+def _clashes_at(spec: Spec, point: Params) -> list[tuple[str, str, str]]:
+    try:
+        return clashes(spec.space.resolve(point, spec.recipe), spec.resources)
+    except (KeyError, TypeError, ValueError):  # no recipe at all, which is said already of the file itself
+        return []
 
 
 def _values(spec: Spec, name: str) -> list:
@@ -248,8 +255,11 @@ def _predict(spec: Spec, shape: Shape, rows: Rows, tokenized: Tokenized) -> Find
     notes = list(rows.notes)
     if tokenized.cut:
         notes.append(
-            f"{tokenized.cut} of {len(tokenized)} training prompts are longer than recipe.max_length and lose their beginning"
+            f"{tokenized.cut} of {len(tokenized)} training prompts are longer than recipe.max_length and lose their "
+            f"{'end' if spec.data.too_long == 'cut_end' else 'beginning'}"
         )
+    if tokenized.dropped:
+        notes.append(f"{tokenized.dropped} training rows are longer than recipe.max_length and left out")
     return Findings(
         spec=spec, shape=shape, rows=rows, tokens_per_row=longest, cut=tokenized.cut,
         memory=memory.predict(

@@ -16,7 +16,7 @@ from hpo.errors import InputError, Problem, SpecError
 from training import data as training_data
 from training import tasks
 from training.model import Shape, describe, load_tokenizer, match
-from training.recipe import DataConfig, Recipe
+from training.recipe import Clean, DataConfig, Recipe
 
 FEW_LABELS = 50  # a label column with at most so many values, each seen several times, is a classification task
 HEADROOM = 0.9  # of a GPU's memory
@@ -45,7 +45,7 @@ def draft(file: str, model: str, *, name: str | None = None, folder: Path | None
     """
     folder = (folder or Path.cwd()).resolve()
     shape = describe(model)
-    config, about = _data(file)
+    config, about = guess(file)
     rows = training_data.read(config)
     tokenizer = load_tokenizer(Recipe(model=model))
     lengths = sorted(len(ids) for ids in training_data.tokenize(rows.train, config, tokenizer, 1_000_000).ids)
@@ -72,11 +72,20 @@ def _name(stem: str) -> str:
     return name or "study"
 
 
-def _data(file: str) -> tuple[DataConfig, list[str]]:
-    """Returns the data configuration that fits the file's columns, and a sentence on why."""
+def guess(file: str, clean: Clean | None = None) -> tuple[DataConfig, list[str]]:
+    """Returns the data configuration that fits the file's columns, and a sentence on why.
+
+    Args:
+        file: as in `draft`.
+        clean: what to do about rows with a problem; by default they are refused.
+
+    Raises:
+        SpecError: no task fits.
+    """
     tried: list[Problem] = []
+    train = file if file.startswith(training_data.HUB) else str(Path(file).resolve())
     for task in ("chat", "classification", "instruction", "completion"):
-        config = DataConfig(train=file if file.startswith(training_data.HUB) else str(Path(file).resolve()), task=task)
+        config = DataConfig(train=train, task=task, clean=clean or Clean())
         try:
             rows = training_data.read(config)
         except InputError as error:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpo.certificate import Certificate
 from hpo.importance import importance, position
@@ -23,6 +23,9 @@ from hpo.objectives import Objective, losses
 from hpo.pareto import eligible
 from hpo.space import Choice, Float, Int, Space
 from hpo.trial import Trial
+
+if TYPE_CHECKING:
+    from training.quality import Quality
 
 BLUE, VERMILLION, BLACK, GREY, SKY = "#0072B2", "#D55E00", "#000000", "#999999", "#56B4E9"
 STATES = {  # colour and symbol
@@ -59,6 +62,7 @@ class View:
     front: Sequence[Trial]
     certificate: Certificate | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
+    quality: Quality | None = None  # of the rows
 
     @cached_property
     def axes(self) -> list[Axis]:

@@ -59,6 +59,7 @@ def render(view: View) -> str:
         ended=_ended(view),
         more=max(0, sum(_without_result(trial) for trial in view.trials) - ENDED),
         machine=_machine(view),
+        quality=view.quality,
     )
 
 

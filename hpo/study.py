@@ -125,6 +125,7 @@ class Study:
         return View(
             name=spec.name, description=spec.description, objectives=spec.targets, space=spec.space, trials=trials,
             front=front(trials, spec.targets), certificate=self.certificate, settings=settings,
+            quality=_quality(spec),
         )  # fmt: skip
 
     def plot(self, kind: str = "front"):
@@ -355,6 +356,7 @@ def _run(
         store = open_store(loaded.spec.storage, loaded.spec.database)
         record, data = _enter(store, loaded, digest)
         study = Study(store, record.name)
+        _keep_quality(record.spec.model_copy(update={"data": loaded.spec.data}), digest)
         with store.hold(record.id) as holder:
             search = Search(store, record, holder, shape=findings.shape, tokens_per_row=findings.tokens_per_row)
             study._search = search
@@ -448,6 +450,31 @@ def _snapshot(spec: Spec, digest: str) -> DataConfig:
         if (given := getattr(spec.data, name)) is not None:
             update[name] = str(sources.keep(given, name, f"data.{name}", folder))
     return spec.data.model_copy(update=update)
+
+
+def _keep_quality(spec: Spec, digest: str) -> None:
+    """Writes what the rows are like into the study's folder, once for each state of the rows."""
+    from training import quality
+    from training.model import load_tokenizer
+
+    known = _quality(spec)
+    if not digest or (known is not None and known.digest == digest):
+        return
+    found = quality.examine(spec.data, tokenizer=load_tokenizer(spec.recipe), max_length=spec.recipe.max_length)
+    spec.folder.mkdir(parents=True, exist_ok=True)
+    aside = spec.folder / f".quality.{os.getpid()}.json"
+    aside.write_text(found.model_dump_json(indent=1), encoding="utf-8")
+    aside.rename(spec.folder / "quality.json")
+
+
+def _quality(spec: Spec):
+    """Returns what the rows are like, as it was kept; None for a study from before this was looked at."""
+    from training.quality import Quality
+
+    try:
+        return Quality.model_validate_json((spec.folder / "quality.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 @dataclass

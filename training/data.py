@@ -17,7 +17,7 @@ from pathlib import Path
 from training import rows as row_words
 from training import sources, splits, tasks
 from training.errors import InputError, Problem, wrong
-from training.recipe import DataConfig
+from training.recipe import Clean, DataConfig
 from training.rows import SHOWN, Entry, Finding, Ledger, Row
 from training.sources import EMBEDDED, HUB, locate
 from training.templates import chat_template_of, prompt_of, prompts_of, template_problems, writes_start
@@ -75,17 +75,39 @@ class Prepared:
     labels: list[list[int]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Sides:
+    """The three splits before conversations are divided into rows, and what was found on the way."""
+
+    parts: dict[str, list[Entry]]
+    labels: tuple[str, ...]
+    notes: tuple[str, ...]
+    digest: str
+    ledger: Ledger
+
+
 def read(config: DataConfig, *, seed: int = 0) -> Rows:
-    """Returns the rows of all three splits.
+    """Returns the rows of all three splits; arguments and errors as `sides`."""
+    found = sides(config, seed=seed)
+    learned = {name: row_words.divided([entry.row for entry in part], config) for name, part in found.parts.items()}
+    return Rows(**learned, labels=found.labels, notes=found.notes, digest=found.digest, found=tuple(found.ledger.findings),
+                read=found.ledger.read)  # fmt: skip
+
+
+def sides(config: DataConfig, *, seed: int = 0, clean: Clean | None = None) -> Sides:
+    """Returns the three splits as they stand in the files.
 
     Args:
         config: the files and columns.
         seed: of the split, where validation or test rows are cut from the training rows.
+        clean: stands in for `config.clean`, to look at rows that a study refuses; the digest stays the study's.
 
     Raises:
         InputError: with every problem found, by file and line.
     """
     found: list[Problem] = []
+    said = json.dumps(config.identity() | {"seed": seed}, sort_keys=True)
+    config = config.model_copy(update={"clean": clean or config.clean})
     parts: dict[str, list[Entry]] = {}
     digest, ledger = hashlib.sha256(), Ledger()
     for name in ("train", "validation", "test"):
@@ -99,7 +121,7 @@ def read(config: DataConfig, *, seed: int = 0) -> Rows:
             found += error.problems
     if found:
         raise InputError(*found)
-    digest.update(json.dumps(config.identity() | {"seed": seed}, sort_keys=True).encode())
+    digest.update(said.encode())
     parts["train"] = splits.repeated(parts["train"], config, ledger)
     notes = splits.hold_out(parts, config, random.Random(seed)) + splits.separate(parts, config, ledger)
     labels = _labels(config, parts) if config.task == "classification" else ()
@@ -111,9 +133,7 @@ def read(config: DataConfig, *, seed: int = 0) -> Rows:
             raise wrong(f"data.{name}", "no row is left.", "Give more rows, or a file of its own for this split.")
     notes += [f"{f.split}: {f.count} rows left out: {f.what}" for f in ledger.findings
               if f.action == "drop" and f.kind not in ("leak", "near_leak")]  # fmt: skip
-    learned = {name: row_words.divided([entry.row for entry in entries], config) for name, entries in parts.items()}
-    return Rows(**learned, labels=labels, notes=tuple(notes), digest=digest.hexdigest(), found=tuple(ledger.findings),
-                read=ledger.read)  # fmt: skip
+    return Sides(parts, labels, tuple(notes), digest.hexdigest(), ledger)
 
 
 def _labels(config: DataConfig, parts: dict[str, list[Entry]]) -> tuple[str, ...]:

@@ -38,6 +38,11 @@ def hold_out(splits: dict[str, list[Entry]], config: DataConfig, rng: random.Ran
     return notes
 
 
+def sketches(entries: list[Entry]) -> list[duplicates.Sketch]:
+    """Returns what rows are compared by."""
+    return duplicates.sketch([text_of(entry.row) for entry in entries])
+
+
 def _how(config: DataConfig) -> str:
     by = {"seed": "by seed", "group": f"by groups of {config.split.column}",
           "stratified": f"by seed, stratified by {config.split.column or 'label'}"}[config.split.by]  # fmt: skip
@@ -51,7 +56,7 @@ def _bag_names(entries: list[Entry], config: DataConfig) -> list[object]:
         for link, entry in zip(links, entries, strict=True):
             link.append(("group", entry.group))
     if config.split.together == "near":
-        for link, cluster in zip(links, duplicates.clusters([text_of(entry.row) for entry in entries]), strict=True):
+        for link, cluster in zip(links, duplicates.clusters(sketches(entries)), strict=True):
             link.append(("cluster", cluster))
     if all(len(link) == 1 for link in links):
         return [link[0] for link in links]
@@ -107,7 +112,7 @@ def repeated(entries: list[Entry], config: DataConfig, ledger: Ledger) -> list[E
         again = [entry for entry in entries if (said := _whole(entry)) in seen or seen.add(said)]
         entries = _without(entries, again, "repeated", clean.repeated, "stand in the training rows before", ledger)
     if clean.near_repeated != "keep":
-        first = duplicates.clusters([text_of(entry.row) for entry in entries])
+        first = duplicates.clusters(sketches(entries))
         again = [entry for i, entry in enumerate(entries) if first[i] != i]
         entries = _without(entries, again, "near_repeated", clean.near_repeated, "are much like one before", ledger)
     return entries
@@ -128,7 +133,7 @@ def separate(splits: dict[str, list[Entry]], config: DataConfig, ledger: Ledger)
             notes.append(f"{lost}: {len(shared)} rows left out because they also stand in {kept}")
     if config.clean.near_leak != "keep":
         held = [entry for name in ("test", "validation") for entry in splits[name]]
-        found = duplicates.like([text_of(e.row) for e in splits["train"]], [text_of(e.row) for e in held])
+        found = duplicates.like(sketches(splits["train"]), sketches(held))
         shared = [entry for entry, other in zip(splits["train"], found, strict=True) if other is not None]
         splits["train"] = _without(
             splits["train"], shared, "near_leak", config.clean.near_leak, "are much like a held-out row", ledger
