@@ -13,6 +13,7 @@ import torch
 
 from training import evaluate
 from training.errors import wrong
+from training.model import computing
 from training.recipe import Recipe
 
 ANSWER = 32  # tokens of a greedy answer
@@ -22,7 +23,8 @@ BEFORE = 32  # positions at the end of each prompt whose logits are compared too
 # 0.016 in bf16, 0.0025 in fp16, 0.019 to 0.023 at 8 bits.
 EXACT = 1e-4  # the same weights, the same arithmetic in another order
 INT8 = 0.10  # LLM.int8 rounds activations too, which the dense model does not (Dettmers et al. 2022, section 2)
-TRAINED_BF16 = 0.05  # the trial computed in bf16, with 8 bits of mantissa, and the merge does not
+# The trial computed with 8 or 11 bits of mantissa, and the merge does not.
+TRAINED = {"fp32": EXACT, "bf16": 0.05, "fp16": 0.01}
 STORED = {"fp32": EXACT, "bf16": 0.05, "fp16": 0.01}
 AGREE = 0.8  # smallest share of equal answer tokens where the bounds above allow other ones; seen: 0.95 to 1
 SPARED = 2  # tokens that may differ however few there are
@@ -39,20 +41,20 @@ class Exam:
 
 def bound_of(recipe: Recipe) -> float:
     """Returns how far the logits of a trial's own model may be from those of the merged one, which computes in fp32."""
-    return max(INT8 if recipe.bits == 8 else EXACT, TRAINED_BF16 if recipe.precision == "bf16" else EXACT)
+    return max(INT8 if recipe.bits == 8 else EXACT, TRAINED[recipe.precision])
 
 
-def set_exam(model, prompts: list[str], tokenizer, *, longest: int, bf16: bool = False) -> Exam:
+def set_exam(model, prompts: list[str], tokenizer, *, longest: int, precision: str = "fp32") -> Exam:
     """Returns the exam that a model's own greedy answers make of some prompts.
 
     Args:
         longest: tokens of a prompt, and with its answer of the model's context; what is more is cut from the left.
-        bf16: whether the model computes under autocast, as in training.
+        precision: in which the model computes, as in training.
     """
     config = model.config
     context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or longest + ANSWER
     asked = _tokens(prompts, tokenizer, max(1, min(longest, context - ANSWER)))
-    answers = greedy(model, asked, tokenizer, bf16=bf16)
+    answers = greedy(model, asked, tokenizer, precision=precision)
     rows = [prompt + answer for prompt, answer in zip(asked, answers, strict=True)]
     lengths = [max(1, len(prompt) - BEFORE) for prompt in asked]
     return Exam(asked, answers, evaluate.batch_of(rows, lengths, pad=0, device=next(model.parameters()).device))
@@ -72,14 +74,14 @@ class Seen:
         return self.logits[self.counts].abs().max().item()
 
 
-def see(model, batch: dict, *, bf16: bool = False) -> Seen:
+def see(model, batch: dict, *, precision: str = "fp32") -> Seen:
     """Returns what a model makes of an exam's batch."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     known = set(inspect.signature(inner.forward).parameters)
     extra = {"position_ids": batch["position_ids"]} if "position_ids" in known else {}
     if "logits_to_keep" in known:
         extra["logits_to_keep"] = batch["keep"]
-    with torch.no_grad(), torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=bf16):
+    with torch.no_grad(), computing(precision, batch["input_ids"].device.type):
         out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False,
                     output_hidden_states=True, **extra)  # fmt: skip
     logits = out.logits[:, -batch["keep"] : -1].float()
@@ -138,7 +140,7 @@ def _tokens(prompts: list[str], tokenizer, longest: int) -> list[list[int]]:
     return rows
 
 
-def greedy(model, asked: list[list[int]], tokenizer, *, bf16: bool = False) -> list[list[int]]:
+def greedy(model, asked: list[list[int]], tokenizer, *, precision: str = "fp32") -> list[list[int]]:
     """Returns the most likely answers as token ids, each up to and with its end of sequence.
 
     Penalties and the like that a base's own generation settings ask for are left out, as they are in serving.
@@ -150,7 +152,7 @@ def greedy(model, asked: list[list[int]], tokenizer, *, bf16: bool = False) -> l
     batch = evaluate.batch_of(asked, [len(row) for row in asked], pad=pad, device=next(inner.parameters()).device)
     own, inner.generation_config = inner.generation_config, GenerationConfig(eos_token_id=end, pad_token_id=pad)
     try:
-        with torch.no_grad(), torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=bf16):
+        with torch.no_grad(), computing(precision, batch["input_ids"].device.type):
             out = inner.generate(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=False, max_new_tokens=ANSWER
             )

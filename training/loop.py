@@ -25,11 +25,12 @@ from training.adapters import ADAPTERS, attach
 from training.data import Prepared, Tokenized, prepare, read, sample
 from training.errors import wrong
 from training.meter import Stopwatch, count_bytes, gemm_seconds
-from training.model import describe, device_of, load_model, load_tokenizer
+from training.model import computing, describe, device_of, load_model, load_tokenizer
 from training.recipe import Job, Outcome, Progress, Recipe, Report, clashes
 from training.world import World, versions
 
 REPORTS_PER_SCORE = 4  # how often a run reports between two scored points
+LEAST = 0.1  # of the peak rate, at the end of cosine_min
 NO_REPORT: Report = lambda progress: None  # noqa: E731
 
 
@@ -89,14 +90,20 @@ def plan(recipe: Recipe, rows: Tokenized, *, workers: int) -> Plan:
 
 
 def rate(recipe: Recipe, step: int, steps: int) -> float:
-    """Returns the learning rate of a step (0-based): linear warm-up, then cosine or linear down to 0, or constant."""
+    """Returns the learning rate of a step (0-based): linear warm-up, then cosine or linear down to 0, or constant.
+
+    `cosine_min` goes down to a tenth of the peak.
+    """
     warmup = round(recipe.warmup * steps)
     if step < warmup:
         return recipe.learning_rate * (step + 1) / warmup
     if recipe.schedule == "constant":
         return recipe.learning_rate
     done = (step - warmup) / max(steps - warmup, 1)
-    return recipe.learning_rate * (0.5 * (1 + math.cos(math.pi * done)) if recipe.schedule == "cosine" else 1 - done)
+    if recipe.schedule == "linear":
+        return recipe.learning_rate * (1 - done)
+    least = LEAST if recipe.schedule == "cosine_min" else 0.0
+    return recipe.learning_rate * (least + (1 - least) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 @dataclass
@@ -111,6 +118,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     engine: object | None
     accumulation: int
+    scaler: torch.amp.GradScaler
     done: int = 0
 
     @cached_property
@@ -146,7 +154,7 @@ class Run:
             )
             waiting = self.forward.no_sync() if self._distributed and not last else nullcontext()
             with waiting:
-                with torch.autocast(self.device, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+                with computing(self.recipe.precision, self.device):
                     logits = evaluate.logits_of(self.forward, batch)
                 loss = torch.nn.functional.cross_entropy(
                     logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=-100, reduction="sum"
@@ -160,7 +168,7 @@ class Run:
                     if not last:
                         self.engine.step()
                 else:
-                    (loss * self.world.size).backward()
+                    self.scaler.scale(loss * self.world.size).backward()
             del logits, loss
         norm = self._update()
         return self.world.total(total), norm
@@ -174,6 +182,7 @@ class Run:
             self.engine.step()
             norm = self.engine.get_global_grad_norm()
             return float(norm) if norm is not None else 0.0
+        self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip).item()
         if math.isfinite(norm):
             self.optimizer.step()
@@ -181,7 +190,15 @@ class Run:
             if (stepped := ADAPTERS[self.recipe.adapter].stepped) is not None:
                 stepped(self.inner, self.done)
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        self.scaler.update()
+        # In fp16 an overflow is no divergence: the step is left out and the scale halved, as long as there is one.
+        overflow = self.scaler.is_enabled() and not math.isfinite(norm) and self.scaler.get_scale() >= 1
+        return 0.0 if overflow else norm
+
+
+def scaler_of(recipe: Recipe, device: str, *, start: float = 2.0**16) -> torch.amp.GradScaler:
+    """Returns what scales the loss so that gradients do not vanish in fp16; it does nothing at another precision."""
+    return torch.amp.GradScaler(device, init_scale=start, enabled=recipe.precision == "fp16")
 
 
 def set_up(job: Job, shape, planned: Plan, world: World, device: str) -> Run:
@@ -208,7 +225,7 @@ def set_up(job: Job, shape, planned: Plan, world: World, device: str) -> Run:
         forward = engine
     elif world.size > 1:
         forward = torch.nn.parallel.DistributedDataParallel(inner)
-    return Run(recipe, world, device, inner, forward, optimizer, engine, accumulation)
+    return Run(recipe, world, device, inner, forward, optimizer, engine, accumulation, scaler_of(recipe, device))
 
 
 def heaviest(planned: Plan, rows: Tokenized, world: World) -> int:
@@ -229,6 +246,7 @@ def probe_bytes(job: Job, shape, planned: Plan, rows: Tokenized, world: World, d
     step = heaviest(planned, rows, world)
     chunks = planned.micro_batches(step, world.rank, world.size)
     run = set_up(job, shape, planned, world, device)
+    run.scaler = scaler_of(job.recipe, device, start=1.0)  # an overflow would leave the optimizer without its state
     tokens = supervised(rows, planned, step)
     with count_bytes(run.held()) as counter:
         for _ in range(2):
@@ -380,7 +398,7 @@ def _check_limit(limit: float | None, value: float | None, name: str) -> None:
 def _score(run: Run, held_out: Tokenized, prepared: Prepared, job: Job, ledger: _Ledger) -> dict[str, float]:
     world = run.world
     mine = Tokenized(held_out.ids[world.rank :: world.size], held_out.prompt_lengths[world.rank :: world.size])
-    with torch.autocast(run.device, torch.bfloat16, enabled=job.recipe.precision == "bf16"):
+    with computing(job.recipe.precision, run.device):
         scores = evaluate.score_rows(run.inner, mine, prepared, job) if len(mine) else {"nll": [], "tokens": [], "right": []}
     scores = world.gather(scores)
     ledger.conditions["right"] = evaluate.pack_bits(scores["right"])

@@ -15,7 +15,7 @@ from training import checkpoint, evaluate
 from training.data import Rows, Tokenized, prepare, read, sample
 from training.loop import Run, plan, rate, set_up, supervised
 from training.meter import gemm_seconds
-from training.model import describe, device_of, load_model, load_tokenizer
+from training.model import computing, describe, device_of, load_model, load_tokenizer
 from training.recipe import Job, Recipe
 from training.world import World, versions
 
@@ -152,7 +152,7 @@ class _Loaded:
         self.model.eval()
 
     def autocast(self):
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.recipe.precision == "bf16")
+        return computing(self.recipe.precision, self.device)
 
 
 def _telling(winner: list[float], other: list[float]) -> list[int]:

@@ -142,10 +142,9 @@ def _finite_adapter(folder: Path) -> None:
 def _merge_into(folder: Path, recipe: Recipe, adapter: Path, precision: str, prompts: list[str], device: str) -> dict:
     """Does the work of `merge` in a folder that others do not see yet; at most two models are in memory at once."""
     tokenizer = load_tokenizer(recipe)
-    bf16 = recipe.precision == "bf16"
     own = load_adapter(load_model(recipe, device=device), adapter)
-    exam = set_exam(own, prompts, tokenizer, longest=recipe.max_length, bf16=bf16)
-    trained = see(own, exam.batch, bf16=bf16)
+    exam = set_exam(own, prompts, tokenizer, longest=recipe.max_length, precision=recipe.precision)
+    trained = see(own, exam.batch, precision=recipe.precision)
     del own
     gc.collect()
 

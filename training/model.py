@@ -22,6 +22,7 @@ EMBEDDED = Path(__file__).parent / "embedded" / "model"
 OUTPUT_HEADS = ("lm_head", "embed_out", "output")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query_key_value", "c_attn", "query", "key", "value")
 ATTENTION_PARENTS = ("attn", "attention", "self_attn", "self_attention")  # of projections called c_proj or dense
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # a recipe's precision -> torch's name
 HEADER_LIMIT = 100_000_000  # bytes; the safetensors format's own limit
 
 
@@ -227,7 +228,7 @@ def load_model(recipe: Recipe, *, device: str = "cpu"):
     import torch
     from transformers import AutoModelForCausalLM
 
-    compute = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    compute = getattr(torch, DTYPES[recipe.precision])
     options: dict = {"dtype": torch.bfloat16 if recipe.bits == 16 else compute if recipe.bits < 16 else torch.float32}
     if recipe.bits < 16:
         options |= {"quantization_config": quantization(recipe.bits, compute), "device_map": {"": device}}
@@ -242,6 +243,13 @@ def load_model(recipe: Recipe, *, device: str = "cpu"):
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
+
+
+def computing(precision: str, device: str):
+    """Returns the context in which a model computes in a recipe's precision: autocast, or none for fp32."""
+    import torch
+
+    return torch.autocast(device, getattr(torch, DTYPES[precision]) if precision != "fp32" else None, enabled=precision != "fp32")
 
 
 def quantization(bits: int, compute):

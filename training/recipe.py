@@ -52,7 +52,9 @@ class Recipe(Frozen):
     targets: str | tuple[str, ...] = Field("all-linear", description="all-linear, attention, mlp, or module names")
     learning_rate: Number = Field(2e-4, gt=0, le=1e4, description="peak rate of AdamW")
     lora_plus_ratio: Number = Field(1.0, ge=1, le=1024, description="rate of B over that of A (LoRA+, Hayou et al. 2024)")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape after the warm-up, down to 0")
+    schedule: Literal["cosine", "cosine_min", "linear", "constant"] = Field(
+        "cosine", description="shape after the warm-up, down to 0; cosine_min: down to a tenth"
+    )
     warmup: Number = Field(0.1, ge=0, lt=1, description="share of the steps")
     weight_decay: Number = Field(0.0, ge=0, le=10, description="decoupled (Loshchilov & Hutter 2019)")
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
@@ -65,7 +67,9 @@ class Recipe(Frozen):
     steps: Whole | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
     tokens: Whole | None = Field(None, ge=1, description="tokens to train on, instead of epochs")
     max_length: Whole = Field(512, ge=8, le=1_000_000, description="tokens; a longer row is cut from the left of its prompt")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the computation; adapters stay fp32")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="of the computation; adapters stay fp32; fp16 scales the loss (Micikevicius et al. 2018)"
+    )
     bits: Literal[32, 16, 8, 4] = Field(32, description="of the base; 4 is NF4 with double quantization (QLoRA)")
     zero_stage: Literal[0, 1, 2] = Field(0, description="DeepSpeed ZeRO stage; 0 is plain data parallel training")
     gradient_checkpointing: StrictBool = False
@@ -77,7 +81,7 @@ class Recipe(Frozen):
         if len(given) > 1:
             raise ValueError(f"give one of epochs, steps and tokens, got {' and '.join(given)}")
         if self.bits == 16 and self.precision != "bf16":
-            raise ValueError("bits: 16 keeps the base in bf16 and needs precision: bf16, got precision: fp32")
+            raise ValueError(f"bits: 16 keeps the base in bf16 and needs precision: bf16, got precision: {self.precision}")
         return self
 
 
@@ -188,6 +192,9 @@ def clashes(recipe: Recipe, resources: Resources) -> list[tuple[str, str, str]]:
     if recipe.adapter == "dora" and recipe.bits == 8 and not resources.gpus:
         found.append(("adapter", "dora cannot read a base of 8 bits on a CPU (PEFT loses its scales after the first forward).",
                       "Set bits: 4, 16 or 32, or train on a GPU."))  # fmt: skip
+    if recipe.precision == "fp16" and recipe.zero_stage:
+        found.append(("precision", f"fp16 needs a scaled loss, which DeepSpeed at stage {recipe.zero_stage} is not told of.",
+                      "Set precision: bf16, or zero_stage: 0."))  # fmt: skip
     if recipe.optimizer.startswith("paged") and not resources.gpus:
         found.append(("optimizer", f"{recipe.optimizer} moves pages between a GPU and the host, and there is no GPU.",
                       f"Set optimizer: {recipe.optimizer.removeprefix('paged_')}, or resources.gpus."))  # fmt: skip

@@ -172,12 +172,12 @@ WRONG = {
         {"recipe.gradient_checkpointing": "true or false | 'no'", "space.rank.log": "true or false"},
     ),
     "words that do not exist": (
-        "recipe: {adapter: qlora, schedule: cosin, bits: 5, precision: fp16}\nresources: {mode: locl}\ntrain: simulate",
+        "recipe: {adapter: qlora, schedule: cosin, bits: 5, precision: fp61}\nresources: {mode: locl}\ntrain: simulate",
         {
             "recipe.adapter": "'qlora' | lora with bits: 4",
             "recipe.schedule": "'cosin' | cosine?",
             "recipe.bits": "got 5",
-            "recipe.precision": "'fp16'",
+            "recipe.precision": "'fp61' | fp16?",
             "resources.mode": "'locl' | local?",
             "train": "'simulate' | simulated?",
         },

@@ -107,6 +107,7 @@ CLASHES = [
     ({"adapter": "full", "lora_plus_ratio": 4}, {}, "recipe.lora_plus_ratio: full has no A and B"),
     ({"adapter": "adalora"}, {"workers": 2}, "recipe.adapter: adalora decides on ranks by the gradients of one process"),
     ({"adapter": "adalora", "zero_stage": 1}, {}, "with workers: 1 and zero_stage: 0, got 1 and 1."),
+    ({"precision": "fp16", "zero_stage": 2}, {"workers": 2}, "recipe.precision: fp16 needs a scaled loss"),
     ({"optimizer": "paged_adamw_8bit"}, {}, "there is no GPU. Set optimizer: adamw_8bit, or resources.gpus."),
     ({"adapter": "dora", "bits": 8}, {}, "recipe.adapter: dora cannot read a base of 8 bits on a CPU"),
 ]

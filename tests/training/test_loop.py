@@ -83,6 +83,14 @@ def test_the_heaviest_step_has_the_most_padded_tokens():
 # Rates
 
 
+def test_cosine_min_ends_at_a_tenth_of_the_peak():
+    recipe = Recipe(learning_rate=2.0, warmup=0.1, schedule="cosine_min")
+    rates = [rate(recipe, step, 100) for step in range(101)]
+    assert rates[9] == rates[10] == 2.0 and rates[100] == pytest.approx(0.2)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert rates[55] == pytest.approx((2.0 + 0.2) / 2)
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_the_rate_rises_to_its_peak_and_follows_its_schedule(schedule):
     recipe = Recipe(learning_rate=2.0, warmup=0.1, schedule=schedule)
@@ -117,7 +125,18 @@ def tokenized(job) -> Tokenized:
 
 @pytest.mark.parametrize(
     ("bits", "precision"),
-    [(32, "fp32"), (8, "fp32"), (4, "fp32"), (32, "bf16"), (16, "bf16"), (8, "bf16"), (4, "bf16")],
+    [
+        (32, "fp32"),
+        (8, "fp32"),
+        (4, "fp32"),
+        (32, "bf16"),
+        (16, "bf16"),
+        (8, "bf16"),
+        (4, "bf16"),
+        (32, "fp16"),
+        (8, "fp16"),
+        (4, "fp16"),
+    ],
 )
 def test_every_number_of_bits_really_learns(make_job, bits, precision):
     job = make_job(model="embedded", rank=16, bits=bits, precision=precision)
@@ -210,6 +229,47 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(make_job):
     _, norm = run.step(rows, planned.micro_batches(0, 0, 1), supervised(rows, planned, 0), 1.0)
     assert math.isnan(norm)
     assert all(torch.equal(a, b) for a, b in zip(before, run.parameters, strict=True))
+
+
+def test_an_overflow_in_fp16_leaves_the_step_out_and_halves_the_scale(make_job):
+    job = make_job(model="embedded", precision="fp16")
+    rows = tokenized(job)
+    run, planned = learner(job, rows)
+
+    def step() -> float:
+        return run.step(rows, planned.micro_batches(0, 0, 1), supervised(rows, planned, 0), 1e-2)[1]
+
+    run.scaler = loop.scaler_of(job.recipe, "cpu", start=2.0**8)
+    assert 0 < step() < math.inf and run.done == 1 and run.scaler.get_scale() == 2.0**8
+    before = [parameter.detach().clone() for parameter in run.parameters]
+    run.scaler = loop.scaler_of(job.recipe, "cpu", start=2.0**24)
+    assert step() == 0.0 and run.done == 1  # nothing was done, and it counts for no divergence
+    assert run.scaler.get_scale() == 2.0**23
+    assert all(torch.equal(a, b) for a, b in zip(before, run.parameters, strict=True))
+    for _ in range(20):
+        step()
+    assert run.done > 1 and 1 <= run.scaler.get_scale() < 2.0**16
+    assert not any(torch.equal(a, b) for a, b in zip(before, run.parameters, strict=True))
+
+
+def test_a_gradient_that_never_becomes_finite_in_fp16_has_diverged(make_job):
+    job = make_job(precision="fp16")
+    rows = tokenized(job)
+    run, planned = learner(job, rows)
+    run.parameters[0].register_hook(lambda gradient: gradient * math.nan)
+    norms = [run.step(rows, planned.micro_batches(0, 0, 1), supervised(rows, planned, 0), 1e-2)[1] for _ in range(18)]
+    assert norms[0] == 0.0 and math.isnan(norms[-1])
+
+
+def test_the_scale_of_fp16_does_not_change_the_gradient(make_job):
+    told = {}
+    for start in (2.0**2, 2.0**9):
+        job = make_job(model="embedded", precision="fp16")
+        rows = tokenized(job)
+        run, planned = learner(job, rows)
+        run.scaler = loop.scaler_of(job.recipe, "cpu", start=start)
+        told[start] = run.step(rows, planned.micro_batches(0, 0, 1), supervised(rows, planned, 0), 0.0)
+    assert told[2.0**2] == pytest.approx(told[2.0**9], rel=1e-2)
 
 
 # Ends

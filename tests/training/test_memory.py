@@ -30,6 +30,8 @@ RECIPES = [
     {"precision": "bf16", "bits": 16},
     {"precision": "bf16", "bits": 4, "dropout": 0, "gradient_checkpointing": True},
     {"precision": "bf16", "bits": 8, "targets": "attention"},
+    {"precision": "fp16"},
+    {"precision": "fp16", "bits": 4, "dropout": 0},
     {"adapter": "dora", "dropout": 0},
     {"adapter": "dora", "rank": 64, "batch_size": 1},
     {"adapter": "dora", "bits": 4},

@@ -29,12 +29,16 @@ def jobs(make_job) -> dict[str, Job]:
     found = {
         "plain": make_job(**usual),
         "four bits": make_job(**usual, bits=4),
+        "full": make_job(**usual, adapter="full", learning_rate=1e-3),
         "stopped": make_job(**usual),
         "limit": make_job(**usual, limits=Limits(seconds=1e-9)),
         "diverged": make_job(**(usual | {"steps": 40}), model="embedded", learning_rate=1e3, warmup=0),
     }
     if ZERO:
         found |= {f"zero {stage}": make_job(**usual, zero_stage=stage) for stage in (1, 2)}
+        found |= {"zero 1 lora plus": make_job(**usual, zero_stage=1, lora_plus_ratio=8)}
+        found |= {"zero 2 dora": make_job(**usual, zero_stage=2, adapter="dora")}
+        found |= {"zero 2 full": make_job(**usual, zero_stage=2, adapter="full", learning_rate=1e-3)}
     return found
 
 
@@ -108,7 +112,8 @@ def alone(make_job):
     return outcome
 
 
-CASES = ["plain", "four bits", pytest.param("zero 1", marks=needs_zero), pytest.param("zero 2", marks=needs_zero)]
+ZEROS = ("zero 1", "zero 2", "zero 1 lora plus", "zero 2 dora", "zero 2 full")
+CASES = ["plain", "four bits", "full", *(pytest.param(name, marks=needs_zero) for name in ZEROS)]
 
 
 @pytest.mark.parametrize("name", CASES)
