@@ -86,11 +86,11 @@ def overload(folder: Path, *, quick: bool) -> dict:
     with place.worker("load") as load, place.on_ray(folder / "endpoint") as url:
         web = {"url": url, "token": token, "model": "endpoint", "requests": requests}
         load.do(**web, clients=1, seconds=1)
-        idle = [row["ended"] - row["began"] for row in load.do(**web, clients=1, seconds=3)["rows"]]
-        load.begin(**web, clients=clients, seconds=5 if quick else SURGE, obeys=True)
+        idle = [row["ended"] - row["began"] for row in load.do(**web, clients=1, seconds=2)["rows"]]
+        load.begin(**web, clients=clients, seconds=3 if quick else SURGE, obeys=True)
         rows = load.end()["rows"]
         over = time.monotonic()
-        after = load.do(**web, clients=1, seconds=5 if quick else 10)["rows"]
+        after = load.do(**web, clients=1, seconds=3 if quick else 10)["rows"]
     refused = [row for row in rows if row["status"] == 429]
     accepted = [row["ended"] - row["began"] for row in rows if row["status"] == 200]
     refusals = [row["ended"] - row["began"] for row in refused]
