@@ -18,6 +18,7 @@ from training import tasks
 from training.model import Shape, describe, load_tokenizer, match
 from training.recipe import Clean, DataConfig, Recipe
 
+NAMED = (training_data.HUB, training_data.EMBEDDED)  # what is no path
 FEW_LABELS = 50  # a label column with at most so many values, each seen several times, is a classification task
 HEADROOM = 0.9  # of a GPU's memory
 SMALL = 50_000_000  # parameters; below this a trial takes seconds to minutes on a CPU core
@@ -83,7 +84,7 @@ def guess(file: str, clean: Clean | None = None) -> tuple[DataConfig, list[str]]
         SpecError: no task fits.
     """
     tried: list[Problem] = []
-    train = file if file.startswith(training_data.HUB) else str(Path(file).resolve())
+    train = file if file.startswith(NAMED) else str(Path(file).resolve())
     for task in ("chat", "classification", "instruction", "completion"):
         config = DataConfig(train=train, task=task, clean=clean or Clean())
         try:
@@ -102,7 +103,7 @@ def guess(file: str, clean: Clean | None = None) -> tuple[DataConfig, list[str]]
 
 
 def _lines(name, file, model, folder, config, shape: Shape, max_length, gpus, tokenizer, rows) -> list[str]:
-    data = file if file.startswith(training_data.HUB) else os.path.relpath(Path(file).resolve(), folder)
+    data = file if file.startswith(NAMED) else os.path.relpath(Path(file).resolve(), folder)
     model_path = os.path.relpath(Path(model).resolve(), folder) if Path(model).is_dir() else model
     if model_path != model and not model_path.startswith("."):
         model_path = f"./{model_path}"

@@ -72,7 +72,9 @@ class Bases:
         if adapter.folder is not None:
             from training.checkpoint import load_adapter
 
-            model = load_adapter(model, adapter.folder).get_base_model()  # with its adapters' layers in place
+            model = load_adapter(model, adapter.folder)
+            if hasattr(model, "get_base_model"):  # else it was trained as a whole, and took the base's place
+                model = model.get_base_model()  # with its adapters' layers in place
         tokenizer = load_tokenizer(recipe)
         if adapter.chat_template is not None:
             tokenizer.chat_template = adapter.chat_template

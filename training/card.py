@@ -99,10 +99,10 @@ def _opening(record: dict, model: str) -> str:
     weight = f" ({record['bytes'] / 1e6:,.1f} MB)" if record.get("bytes") else ""
     revision = record["lineage"]["recipe"].get("revision")
     at = f" at revision {_plain(revision)}" if revision else ""
-    return (
-        f"A language model{size}{kind}{weight}: {_plain(_name(model))}{at}, fine-tuned with an adapter that is merged into its "
-        "weights. The adapter itself is in `adapter/`."
-    )
+    how = "fine-tuned with an adapter that is merged into its weights. The adapter itself is in `adapter/`"
+    if record["lineage"]["recipe"].get("adapter") == "full":
+        how = "fine-tuned in full"
+    return f"A language model{size}{kind}{weight}: {_plain(_name(model))}{at}, {how}."
 
 
 def _scores(record: dict) -> str:

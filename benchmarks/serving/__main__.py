@@ -34,12 +34,12 @@ TARGETS = {
 
 def main() -> None:
     options = record.arguments(__doc__.split("\n")[0])
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     storage = Path(options.storage).absolute() / ("serving-quick" if options.quick else "serving")
     storage.mkdir(parents=True, exist_ok=True)
     missing = [name for name in PARTS if not (storage / f"{name}.json").is_file()]
     if missing:
         with place.cluster():
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # in place of Ray's, so that what was started is stopped
             for name in missing:
                 _part(name, storage, options.quick)
     parts = {name: json.loads((storage / f"{name}.json").read_text()) for name in PARTS}
