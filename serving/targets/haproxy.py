@@ -29,10 +29,12 @@ def environment(folder: str | Path) -> dict[str, str]:
         return {}
     if not os.access(START, os.X_OK):  # an installer may drop the mode
         START.chmod(0o755)
-    statistics, metrics = _free_ports(2)
+    statistics, metrics, http, grpc = _free_ports(4)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_HAPROXY_BINARY_PATH": str(START), "PARETUNE_HAPROXY": binary,
         "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics), "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        # Serve's own proxy, which keeps requests while no replica is there. With a fixed port it would be another cluster's.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(http), "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(grpc),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/h.cfg", "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/h.sock",
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder), "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/h.state",
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
