@@ -14,7 +14,7 @@ PACKAGES = ("hpo", "training", "serving", "search_spaces")
 
 # A module of hpo imports only from its own layer or from lower ones.
 LAYERS = (
-    ("errors", "space", "trial", "objectives", "pareto", "certificate", "model"),  # words: what is searched, tried, wanted, claimed
+    ("errors", "space", "trial", "objectives", "pareto", "certificate", "model"),  # words: what is searched, wanted, claimed
     ("algorithms", "gate", "importance"),  # pure functions of them
     ("spec",),  # a study as a user writes it
     ("store",),  # the record
