@@ -1,4 +1,4 @@
-"""The same model without a server, in a process of its own: the peer's `generate`, one request at a time, and the bare engine.
+"""The same model without a server, in a process of its own: `generate`, one request at a time and in batches; the bare engine.
 
     python -m benchmarks.serving.bare FOLDER < jobs
 
@@ -33,6 +33,25 @@ def generate(model, tokenizer, job: dict) -> dict:
     return {"rows": rows, "seconds": time.monotonic() - began}
 
 
+def batches(model, tokenizer, job: dict) -> dict:
+    """Returns what `generate` says to so many requests at a time, padded: what dynamic batching (serve.batch) would do.
+
+    Every batch takes as long as its longest answer; each request's own answer is cut from it.
+    """
+    rows, began, size = [], time.monotonic(), job["clients"]
+    tokenizer.padding_side = "left"
+    for first in range(0, len(job["requests"]), size):
+        some, start = job["requests"][first : first + size], time.monotonic()
+        found = tokenizer([request["prompt"] for request in some], return_tensors="pt", padding=True)
+        with torch.inference_mode():
+            out = model.generate(**found, max_new_tokens=max(request["tokens"] for request in some), do_sample=False)
+        for request, row in zip(some, out[:, found.input_ids.shape[1] :], strict=True):
+            own = row[: request["tokens"]]
+            text = tokenizer.decode(own, skip_special_tokens=True)
+            rows.append({"text": text, "tokens": len(own), "began": start, "ended": time.monotonic()})
+    return {"rows": rows, "seconds": time.monotonic() - began}
+
+
 async def answers(engine: Engine, job: dict) -> dict:
     """Returns what the engine says to so many clients, each of which asks again as soon as it is answered."""
     requests, rows = job["requests"], [{} for _ in job["requests"]]
@@ -63,6 +82,8 @@ def main() -> None:
         job = json.loads(line)
         if job["do"] == "generate":
             found = generate(model, tokenizer, job)
+        elif job["do"] == "batches":
+            found = batches(model, tokenizer, job)
         else:
             if engine is None:  # it takes the model over
                 engine = Engine(model, tokenizer, EngineSettings())

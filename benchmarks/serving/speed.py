@@ -11,7 +11,8 @@ CLIENTS = 16
 
 
 def throughput(folder: Path, *, quick: bool) -> dict:
-    """The same requests to one-at-a-time `generate`, the bare engine, and Ray Serve, in turn; ratios are within a round.
+    """The same requests to `generate`, one at a time and in batches, the bare engine, and Ray Serve, in turn; ratios are within a
+    round.
 
     `serve` and `stream` ask an endpoint with a replica for each of two cores, `serve_one` one with a single replica. Half a CPU
     each, so that both endpoints have room in the cluster at once: a replica has one torch thread all the same.
@@ -20,7 +21,7 @@ def throughput(folder: Path, *, quick: bool) -> dict:
     requests, rounds = place.requests(64 if quick else 256), 1 if quick else 3
     one, two = folder / "one", folder / "two"
     tokens = {path: place.publish(path, made, engine={"cpus": 0.5, "replicas": n}) for n, path in ((1, one), (2, two))}
-    found: dict[str, list[dict]] = {way: [] for way in ("generate", "engine", "serve_one", "serve", "stream")}
+    found: dict[str, list[dict]] = {way: [] for way in ("generate", "batches", "engine", "serve_one", "serve", "stream")}
     with (
         place.worker("bare", str(made.folder)) as peer, place.worker("bare", str(made.folder)) as engine,
         place.worker("load") as load, place.on_ray(one) as url_of_one, place.on_ray(two) as url,
@@ -28,6 +29,7 @@ def throughput(folder: Path, *, quick: bool) -> dict:
         web = {"url": url, "token": tokens[two], "model": "two", "clients": CLIENTS}
         ways = {
             "generate": lambda some: peer.do(do="generate", requests=some),
+            "batches": lambda some: peer.do(do="batches", requests=some, clients=CLIENTS),
             "engine": lambda some: engine.do(do="engine", requests=some, clients=CLIENTS),
             "serve_one": lambda some: load.do(**web | {"url": url_of_one, "token": tokens[one], "model": "one"}, requests=some),
             "serve": lambda some: load.do(**web, requests=some),
@@ -61,6 +63,7 @@ def _rates(found: dict[str, list[dict]], requests: list[dict]) -> dict:
     lengths = sorted(request["tokens"] for request in requests)
     return {
         "throughput_ratio_16": ways["serve"]["ratio"], "engine_ratio_16": ways["engine"]["ratio"],
+        "batches_ratio_16": ways["batches"]["ratio"],
         "one_replica_ratio_16": ways["serve_one"]["ratio"], "stream_ratio_16": ways["stream"]["ratio"],
         "clients": CLIENTS, "requests": len(requests), "rounds": len(rates["serve"]),
         "tokens": tokens, "length_p50": statistics.median(lengths), "length_max": lengths[-1], "ways": ways,
