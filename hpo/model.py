@@ -26,7 +26,7 @@ class Lineage(Frozen):
     rows: Literal["train", "all"] = Field(description="what the kept adapter was trained on: all is training and validation rows")
     data: dict[str, Any] = Field(description="a DataConfig: the study's own copy of the rows")
     digest: str = Field(description="SHA-256 of the rows")
-    base: str = Field(description="the base model's name as written, and its revision")
+    base: str = Field(description="the base model's name as written, and of a hub's model its commit")
     machine: dict[str, Any] = Field(default_factory=dict, description="device and versions of the libraries")
 
 

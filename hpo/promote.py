@@ -271,7 +271,7 @@ def _model(promotion: Promotion, done: dict[str, Any], *, folder: str, digest: s
         study=promotion.spec.name, trial=promotion.trial.number, recipe=recipe,
         rows=promotion.spec.promote.rows if keep["kept"] == "retrained" else "train",
         data=promotion.data.model_dump(mode="json"), digest=promotion.record.digest,
-        base=recipe.model + (f"@{recipe.revision}" if recipe.revision else ""),
+        base=recipe.model + (f"@{commit}" if (commit := done["merge"].get("commit") or recipe.revision) else ""),
         machine={n: v for n, v in (certificate.machine if certificate else {}).items() if n not in MOMENTARY},
     )  # fmt: skip
     merged = done["merge"]

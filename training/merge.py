@@ -94,10 +94,11 @@ def merge(recipe: dict, adapter: str, output: str, *, precision: str = "fp32", p
 
     Returns:
         `folder`, `digest`, `parameters`, `bytes` (of the weights' files), `answers` (the greedy texts of what was written, at
-        most 32 tokens each, in the order of the prompts) and `checks`: `precision`, the number of `prompts` and `positions`,
-        `scale` (the largest |logit|), and each `difference` (a share of it) with its `bound`: `merge` (adapter beside the dense
-        base against merged, both fp32), `trained` (the trial's own model against merged), `stored` (merged against what was
-        written and read back); `greedy`: shares of equal answers and answer tokens, between the trial's model and the stored.
+        most 32 tokens each, in the order of the prompts), `commit` (of a hub's base) and `checks`: `precision`, the number of
+        `prompts` and `positions`, `scale` (the largest |logit|), and each `difference` (a share of it) with its `bound`:
+        `merge` (adapter beside the dense base against merged, both fp32), `trained` (the trial's own model against merged),
+        `stored` (merged against what was written and read back); `greedy`: shares of equal answers and answer tokens, between
+        the trial's model and the stored.
 
     Raises:
         InputError: the adapter does not belong to the recipe, is not finite or incomplete, or a bound is broken; names where.
@@ -177,6 +178,7 @@ def _merge_into(folder: Path, recipe: Recipe, adapter: Path, precision: str, pro
         "parameters": sum(p.numel() for p in model.parameters()),
         "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         "answers": tokenizer.batch_decode(again, skip_special_tokens=True),
+        "commit": getattr(base.config, "_commit_hash", None),  # of a hub's model: a branch or a tag may move on
     }
 
 

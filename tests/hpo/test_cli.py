@@ -17,7 +17,11 @@ from hpo.spec import load
 from hpo.store import open_store
 from hpo.study import run
 
-COMMANDS = ["init", "check", "run", "list", "show", "report", "export", "schema", "doctor"]
+COMMANDS = ["init", "data", "check", "run", "list", "show", "report", "export", "schema", "doctor"]
+GROUPS = {
+    "model": ["promote", "list", "show", "rollback", "export", "reproduce", "remove"],
+    "endpoint": ["deploy", "ask", "list", "traffic", "remove"],
+}
 
 
 @pytest.fixture
@@ -45,12 +49,17 @@ def hpo(*arguments, **options) -> subprocess.CompletedProcess:
 
 
 def test_all_commands_are_known_here():
-    assert sorted(info.name or info.callback.__name__ for info in cli.app.registered_commands) == sorted(COMMANDS)
+    def names(app) -> list[str]:
+        return sorted(info.name or info.callback.__name__ for info in app.registered_commands)
+
+    assert names(cli.app) == sorted(COMMANDS)
+    groups = {group.name: names(group.typer_instance) for group in cli.app.registered_groups}
+    assert groups == {name: sorted(commands) for name, commands in GROUPS.items()}
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [*COMMANDS, *(f"{group} {name}" for group, names in GROUPS.items() for name in names)])
 def test_every_command_explains_itself(name, capsys):
-    code, out, err = command(capsys, name, "--help")
+    code, out, err = command(capsys, *name.split(), "--help")
     assert (code, err) == (0, "")
     assert f"hpo {name}" in " ".join(out.split())
     assert all(info.callback.__doc__ for info in cli.app.registered_commands)
