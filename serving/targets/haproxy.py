@@ -8,10 +8,13 @@ other cluster it is for whoever runs it to set them.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 from pathlib import Path
 
+PORTS = (20_500, 29_500)
 START = Path(__file__).with_name("haproxy.sh")
 
 
@@ -44,9 +47,14 @@ def environment(folder: str | Path) -> dict[str, str]:
 
 
 def _free_ports(count: int) -> list[int]:
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    try:
-        return [one.getsockname()[1] for one in held]
-    finally:
-        for one in held:
-            one.close()
+    """Returns free ports from a range that nobody hands out: they are used minutes later, when Serve starts.
+
+    Ray's workers have 10002 to 19999, Serve's replicas 30000 to 31000 and more, and the system itself gives out those from 32768.
+    """
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(*PORTS), PORTS[1] - PORTS[0]):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise OSError(f"no {count} free ports from {PORTS[0]} to {PORTS[1]}")

@@ -15,6 +15,9 @@ import contextlib
 import inspect
 import logging
 import re
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from training.errors import InputError, Problem, wrong
 
 HEALTH = 1.0  # seconds between health checks; a killed replica is replaced after the next one
 LOADING_TRIES = 2
+DOOR = 60.0  # seconds for Serve's proxy to come up
 LLM_REMEDY = 'Install "ray[llm]" on a machine with a GPU, or leave engine.kind at transformers.'
 
 
@@ -112,13 +116,32 @@ def _start(host: str, port: int) -> str:
         try:
             # Only the head node's proxy: loopback means that node, and one door is enough for a cluster's inside.
             serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+        except ray.exceptions.RayActorError:
+            pass  # Serve has given up a proxy that was slow to come up; its successor is on its way, and is waited for below
         except (RuntimeError, ValueError, TimeoutError) as error:
             with contextlib.suppress(Exception):
                 serve.shutdown()
             raise wrong("port", f"Serve cannot listen on {host}:{port} ({str(error).strip().splitlines()[-1]}).",
                         "Use another port.") from None  # fmt: skip
     options = _get_global_client().http_config
-    return f"http://{options.host}:{options.port}"
+    address = f"http://{options.host}:{options.port}"
+    _wait_for_door(address)
+    return address
+
+
+def _wait_for_door(address: str) -> None:
+    until = time.monotonic() + DOOR
+    while True:
+        try:
+            urllib.request.urlopen(f"{address}/-/healthz", timeout=5).close()
+            return
+        except urllib.error.HTTPError:
+            return  # somebody is there; what it serves comes next
+        except OSError as error:
+            if time.monotonic() > until:
+                rule = f"Serve's proxy does not answer at {address} within {DOOR:g} s ({error})."
+                raise wrong("port", rule, "Look at the proxy's log of this Ray session.") from None
+            time.sleep(0.1)
 
 
 def _as_wanted(folder: str | Path, table: Table) -> bool:
