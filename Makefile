@@ -23,7 +23,8 @@ quickstart: setup
 
 test: .venv/.test-ready
 	.venv/bin/ruff check .
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --ignore tests/training
+	.venv/bin/python -m pytest -n 2 --dist loadfile tests/training
 
 lint: .venv/.test-ready
 	.venv/bin/ruff check .

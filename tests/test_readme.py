@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import hpo
+
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 COMMANDS = [line.strip() for language, block in BLOCKS if language == "sh" for line in block.splitlines() if line.strip()]
@@ -56,6 +58,11 @@ def test_make_quickstart_runs_the_main_job(tmp_path):
     assert (tmp_path / "storage/quickstart/report.html").stat().st_size > 1_000_000
     for part in ("quickstart@v1", "live", "untuned", "tuned", "expected"):
         assert part in done.stdout
+    study = hpo.open_study("quickstart", storage=str(tmp_path / "storage"))
+    trials = study.history(curves=True)
+    assert [t.state for t in trials] == ["complete", "complete"]
+    assert all((Path(t.outcome.checkpoint) / "adapter_model.safetensors").is_file() and t.curve for t in trials)
+    assert study.certificate.winner in {t.number for t in study.front()}
 
 
 def test_own_data_goes_from_init_to_a_report(tmp_path):

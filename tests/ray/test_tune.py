@@ -234,18 +234,6 @@ def test_workers_are_freed_when_the_process_that_drives_their_trial_dies(tmp_pat
     assert_nothing_left()
 
 
-def test_an_error_outside_the_trials_ends_the_study_with_it(tmp_path):
-    def disk_is_full(search):
-        if any(search.shares.values()):
-            raise OSError("no space left on device")
-
-    with a_search(tmp_path, "full", 3) as search:
-        with pytest.raises(OSError, match="no space left"):
-            run(search, never_ends, on_change=disk_is_full)
-        assert [t.state for t in search.store.trials(search.study.id)] == ["running"]
-    assert_nothing_left()
-
-
 def test_the_users_mistake_ends_the_study_with_its_remedy(tmp_path):
     with a_search(tmp_path, "mistaken", 3) as search:
         with pytest.raises(InputError, match="data.train: is no table. Give a table."):
@@ -262,16 +250,6 @@ SHORT = {
     "evaluation": {"rows": 16, "test_rows": 16, "reports": 2},
     "space": {"rank": {"type": "choice", "values": [4, 8, 16]}},
 }  # fmt: skip
-
-
-def test_a_real_study_ends_with_adapters_a_front_and_a_certificate(tmp_path):
-    study = hpo.run(SHORT | {"name": "real", "storage": str(tmp_path), "budget": {"trials": 2, "parallel": 2}})
-    trials = study.history(curves=True)
-    assert [t.state for t in trials] == ["complete", "complete"]
-    assert all((Path(t.outcome.checkpoint) / "adapter_model.safetensors").is_file() and t.curve for t in trials)
-    assert study.front() and study.certificate.winner in {t.number for t in study.front()}
-    assert (tmp_path / "real" / "report.html").is_file()
-    assert_nothing_left()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
