@@ -97,8 +97,8 @@ def run(
             study = studies.run(source, sets or (), on_status=on_status)
             if promote and study.winner() is not None:
                 model = study.promote(on_status=on_status)
-                made = study.deploy(on_status=on_status) if deploy and not model.refused else None
-                model = study.models()[-1]  # as it stands now
+                made = study.deploy(model, on_status=on_status) if deploy and not model.refused else None
+                model = study.store.model(model.name, model.version)  # as it stands now
         said = studies.side_by_side(made) if made else []
         if as_json:
             also = {"model": show_models.model_record(model)} if model else {}

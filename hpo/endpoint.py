@@ -378,13 +378,13 @@ def remove(storage: str | Path, name: str) -> None:
         BackendError: it is still served after a minute.
     """
     made = open_endpoint(storage, name)
-    (made.folder / ADDRESS).unlink()
     if os.environ.get("RAY_ADDRESS"):
         from hpo import tune
         from serving.targets import ray_serve
 
         with tune.connect():
             ray_serve.remove(name)
+    (made.folder / ADDRESS).unlink()
     until = time.monotonic() + 60
     while live_replicas(made.folder):
         if time.monotonic() > until:

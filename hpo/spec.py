@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from hpo import algorithms, objectives
 from hpo.errors import NotFound, Problem, SpecError, nearest, rule_of
@@ -365,7 +365,7 @@ def _what_is_sound(raw: dict, error: ValidationError) -> tuple[Spec | None, froz
     places = [tuple(str(part) for part in e["loc"]) for e in error.errors(include_url=False) if e["loc"]]
     for depth in (2, 1):
         broken = frozenset(
-            ".".join(place[: depth if place[0] in (*_MODELS, "space") and isinstance(raw.get(place[0]), dict) else 1])
+            ".".join(place[: depth if _model_at(place[:1]) is not Spec and isinstance(raw.get(place[0]), dict) else 1])
             for place in places
         )
         kept = {name: _without(value, name, broken) for name, value in raw.items() if name not in broken}
@@ -396,9 +396,15 @@ def _anchor(raw: dict, folder: Path) -> None:
             raw["recipe"] = raw["recipe"] | {"model": str(folder / expanded)}
 
 
-_MODELS = {"data": DataConfig, "evaluation": EvaluationConfig, "recipe": Recipe, "limits": Limits, "budget": Budget,
-           "resources": Resources, "algorithm": Algorithm, "promote": Promote,
-           "serving": Serving}  # fmt: skip
+def _model_at(path: Sequence[str | int]) -> type[BaseModel]:
+    """Returns the model of the section that a place lies in, as deep as there are sections."""
+    model: type[BaseModel] = Spec
+    for part in path:
+        found = model.model_fields.get(str(part))
+        if found is None or not (isinstance(found.annotation, type) and issubclass(found.annotation, BaseModel)):
+            break
+        model = found.annotation
+    return model
 
 
 # The members of the unions that a study file has, as pydantic names them in the place of an error.
@@ -414,8 +420,7 @@ def _problem(error: Any) -> Problem:
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".") or "study"
     kind, value = error["type"], error.get("input")
     if kind == "extra_forbidden":
-        model = _MODELS.get(str(path[0]), Spec) if len(path) > 1 else Spec
-        known = list(model.model_fields) if path[0] != "space" else _DIMENSION
+        known = list(_model_at(path[:-1]).model_fields) if path[0] != "space" or len(path) == 1 else _DIMENSION
         return Problem(where, "unknown field.", nearest(str(path[-1]), known).strip() or f"Known: {', '.join(known)}.")
     if kind == "missing":
         return Problem(where, "is required.", _example(path))

@@ -171,16 +171,17 @@ class Study:
         """Returns the registered models that were made from this study, oldest first."""
         return [m for m in self.store.models() if m.lineage.study == self.name]
 
-    def deploy(self, *, share: float = 1.0, on_status: OnStatus = lambda status: None) -> Endpoint:
-        """Serves this study's newest model, with the front as adapters beside it; returns the endpoint.
+    def deploy(self, model: Model | None = None, *, share: float = 1.0, on_status: OnStatus = lambda status: None) -> Endpoint:
+        """Serves a model of this study, with the front as adapters beside it; returns the endpoint.
 
         Args:
+            model: default: the newest.
             share: of the requests; below 1 the model that is live keeps the rest.
 
         Raises:
             InputError: nothing was promoted yet, or the model is below its thresholds.
         """
-        made = self.models()
+        made = [model] if model else self.models()
         if not made:
             raise InputError(Problem(self.name, "has no registered model.", f"Run hpo model promote {self.name}."))
         return deploy(self.store, made[-1], share=share, on_status=on_status)

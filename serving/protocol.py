@@ -123,11 +123,6 @@ class Asked(_Wire):
     def prompts(self) -> int:
         return 1
 
-    @property
-    def texts(self) -> list[str]:
-        """All texts of the user's, for a content filter."""
-        raise NotImplementedError
-
     def sampling(self, room: int, limits: Limits) -> Sampling:
         """Returns how to choose tokens where the context leaves `room` of them.
 

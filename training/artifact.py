@@ -68,7 +68,7 @@ def write(folder: str | Path, fill: Callable[[Path], dict]) -> Artifact:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    _sync(folder.parent)
+    sync(folder.parent)
     if old.exists():
         old.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
@@ -80,13 +80,13 @@ def _seal(folder: Path, record: dict) -> bytes:
     files = {}
     for name, path in _files(folder, "Write plain files only.").items():
         files[name] = {"sha256": _digest(path), "bytes": path.stat().st_size}
-        _sync(path)
+        sync(path)
     _refuse_pickled(folder, files)
     content = json.dumps(record | {"files": files}, indent=1, sort_keys=True).encode()
     (folder / MANIFEST).write_bytes(content)
-    _sync(folder / MANIFEST)
+    sync(folder / MANIFEST)
     for below, _, _ in os.walk(folder):
-        _sync(Path(below))
+        sync(Path(below))
     return content
 
 
@@ -146,7 +146,8 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Puts a file or a folder's names on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

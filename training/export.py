@@ -105,9 +105,9 @@ def _file(found, place: Path, format: str, text: Sequence[str] | None) -> dict:
         said = gguf.write(found.folder, path, eight_bits=format == "gguf-q8_0", name=name, about=about)
         check = compare(found.folder, path, list(text) if text is not None else rows(), BOUNDS[format])
         size = path.stat().st_size
-        _sync(path)
+        artifact.sync(path)
         path.rename(place)
-        _sync(place.parent)
+        artifact.sync(place.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return {"bytes": size} | said | {"check": check}
@@ -125,14 +125,6 @@ def _sweep(place: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
         except (PermissionError, OverflowError):
             pass  # another user's process, so it lives
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def rows(count: int = ROWS) -> list[str]:

@@ -19,17 +19,6 @@ UNEVEN = 10  # times as many rows with the commonest label as with the rarest on
 COMPARED = 100_000  # rows beyond which near-duplicates are not looked for; it would take minutes
 
 
-class Found(Frozen):
-    """How often something was found, where first, and what is done about it: keep, drop, or error (the study is refused)."""
-
-    kind: str
-    split: str
-    what: str
-    action: str
-    count: int
-    places: tuple[str, ...] = ()
-
-
 class Lengths(Frozen):
     """How long rows are, in characters or tokens."""
 
@@ -58,7 +47,7 @@ class Quality(Frozen):
     digest: str
     read: dict[str, int]
     splits: dict[str, Side]
-    findings: tuple[Found, ...] = ()
+    findings: tuple[Finding, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -95,8 +84,7 @@ def examine(config: DataConfig, *, tokenizer=None, max_length: int | None = None
     splits = {name: _side(part, config, tokenizer, max_length) for name, part in sides.parts.items()}
     notes += _imbalance(splits["train"].labels)
     notes += _forgotten(config, tokenizer)
-    found = tuple(Found(kind=f.kind, split=f.split, what=f.what, count=f.count, places=f.places, action=_action(f, config))
-                  for f in ledger.findings)  # fmt: skip
+    found = tuple(finding.model_copy(update={"action": _action(finding, config)}) for finding in ledger.findings)
     return Quality(task=config.task, digest=sides.digest, read=ledger.read, splits=splits, findings=found, notes=tuple(notes))
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from training import tasks
 from training.errors import InputError, Problem
-from training.recipe import DataConfig
+from training.recipe import DataConfig, Frozen
 from training.sources import Source
 
 SHOWN = 3  # problems of one kind and file that are listed; the rest is counted
@@ -33,9 +33,8 @@ class Entry:
     group: str | None = None
 
 
-@dataclass(frozen=True)
-class Finding:
-    """How often something was found, what was done about it, and the first places."""
+class Finding(Frozen):
+    """How often something was found, where first, and what is done about it: keep, drop, or error (the study is refused)."""
 
     kind: str
     split: str
@@ -55,7 +54,9 @@ class Ledger:
     def note(self, kind: str, split: str, what: str, action: str, places: Iterable[str]) -> None:
         """Adds a finding where there is one."""
         if places := list(places):
-            self.findings.append(Finding(kind, split, what, action, len(places), tuple(places[:SHOWN])))
+            self.findings.append(
+                Finding(kind=kind, split=split, what=what, action=action, count=len(places), places=tuple(places[:SHOWN]))
+            )
 
 
 def entries(source: Source, config: DataConfig, split: str, ledger: Ledger) -> list[Entry]:

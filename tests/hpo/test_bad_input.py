@@ -88,6 +88,10 @@ WRONG = {
     "unknown field of resources": ("resources: {worker: 3}", {"resources.worker": "unknown field | workers?"}),
     "unknown field of evaluation": ("evaluation: {row: 3}", {"evaluation.row": "unknown field | rows?"}),
     "unknown field of limits": ("limits: {memory: 3}", {"limits.memory": "unknown field | peak_bytes?"}),
+    "unknown field inside a section of a section": (
+        'data: {train: "embedded:train.jsonl", clean: {leek: drop}}\nserving: {limits: {que: 3}}',
+        {"data.clean.leek": "unknown field | leak?", "serving.limits.que": "unknown field | queue?"},
+    ),
     "unknown field of a dimension": (
         "space: {learning_rate: {type: float, low: 1, hihg: 2}}",
         {"space.learning_rate.high": "required", "space.learning_rate.hihg": "unknown field | high?"},

@@ -67,6 +67,14 @@ def test_a_deployed_model_answers_what_it_answered_when_it_was_merged(study, ser
     assert served.token not in (served.folder / "endpoint.json").read_text()
 
 
+def test_what_is_deployed_is_the_model_that_was_named_and_not_a_newer_one(study, served):
+    older = study.store.model("bot", 1)
+    study.deploy()  # the newest
+    assert served.ask("hello", max_tokens=2)["model"] == "bot@v2"
+    study.deploy(older)
+    assert served.ask("hello", max_tokens=2)["model"] == "bot@v1" and stages(study) == {1: "live", 2: "previous"}
+
+
 def test_the_front_is_served_as_adapters_beside_it_by_name(study, served):
     names = {a.name for a in served.table.adapters}
     members = {t.number for t in study.front()}

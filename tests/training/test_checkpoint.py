@@ -130,15 +130,15 @@ def crash(*args, **kwargs):
     raise Crash
 
 
-@pytest.mark.parametrize("moment", ["rename", "_sync", "json"])
+@pytest.mark.parametrize("moment", ["rename", "sync", "json"])
 def test_a_crash_while_saving_leaves_the_old_checkpoint_whole(saved, llama, monkeypatch, moment):
     old = (saved / "adapter_model.safetensors").read_bytes()
     other = tuned(llama, seed=1)
     with monkeypatch.context() as patch:
         if moment == "rename":
             patch.setattr(Path, "rename", crash)
-        elif moment == "_sync":
-            patch.setattr(artifact, "_sync", crash)
+        elif moment == "sync":
+            patch.setattr(artifact, "sync", crash)
         else:
             patch.setattr(artifact.json, "dumps", crash)
         with pytest.raises(Crash):
