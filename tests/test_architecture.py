@@ -34,7 +34,7 @@ ONLY = {
     "typer": {"hpo/cli.py", "hpo/cli_models.py", "hpo/cli_data.py", "hpo/terminal.py"},
     "bitsandbytes": {"hpo/doctor.py", "training/model.py", "training/optimizers.py", "training/merge.py"},
     "peft": {"training/adapters.py", "training/checkpoint.py", "training/merge.py"},
-    "deepspeed": {"training/loop.py", "training/workers.py"},
+    "deepspeed": {"training/run.py", "training/workers.py"},
     "gguf": {"training/gguf.py"},
 }  # fmt: skip
 # The packages of this repository that each one may import; serving takes some modules of training.

@@ -1,6 +1,6 @@
 """One recipe, trained: `train(job, report) -> Outcome`.
 
-Owns: the order of the rows, the optimizer steps, and when to report, score and end. Runs alone or as one of several
+Owns: when to report, score and end. Runs alone or as one of several
 data-parallel workers (torch.distributed already set up). Must not know: Ray, studies, searches.
 
 A run ends by itself in one of four ways (`Outcome.ended`): complete, stopped (the report said so), infeasible (memory or a
@@ -9,28 +9,24 @@ limit), diverged. Anything else is an exception and means that something is brok
 
 from __future__ import annotations
 
-import gc
 import math
 import os
-import random
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 
-from training import checkpoint, evaluate, optimizers, stability, zero
-from training.adapters import ADAPTERS, attach
+from training import checkpoint, evaluate, stability
 from training.data import Prepared, Tokenized, prepare, read, sample
 from training.errors import wrong
-from training.meter import Stopwatch, count_bytes, gemm_seconds
-from training.model import computing, describe, device_of, load_model, load_tokenizer
-from training.recipe import Job, Outcome, Progress, Recipe, Report, clashes
+from training.meter import Stopwatch, gemm_seconds
+from training.model import computing, describe, device_of, load_tokenizer
+from training.recipe import Job, Outcome, Progress, Report, clashes
+from training.run import Run, probe_bytes, set_up
+from training.schedule import Plan, plan, rate, supervised
 from training.world import World, versions
 
 REPORTS_PER_SCORE = 4  # how often a run reports between two scored points
-LEAST = 0.1  # of the peak rate, at the end of cosine_min
 NO_REPORT: Report = lambda progress: None  # noqa: E731
 
 
@@ -39,227 +35,6 @@ class _End(Exception):
 
     def __init__(self, ended: str, reason: str):
         self.ended, self.reason = ended, reason
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which rows each optimizer step trains on, over all workers: `order[step * batch : (step + 1) * batch]`."""
-
-    steps: int
-    batch: int
-    micro: int
-    order: list[int] = field(repr=False)
-
-    def micro_batches(self, step: int, rank: int, workers: int) -> list[list[int]]:
-        """Returns this worker's rows of one step, cut into forwards; equally many on every worker."""
-        mine = self.order[step * self.batch : (step + 1) * self.batch][rank::workers]
-        return [mine[i : i + self.micro] for i in range(0, len(mine), self.micro)]
-
-
-def plan(recipe: Recipe, rows: Tokenized, *, workers: int) -> Plan:
-    """Returns the rows of every step: one seeded permutation per epoch, batches running on across epochs, all full.
-
-    Raises:
-        ValueError: the batch cannot be shared equally among the workers.
-    """
-    if recipe.batch_size % workers:
-        raise ValueError(f"batch_size must be a multiple of the workers, got {recipe.batch_size} and {workers}")
-    rng = random.Random(recipe.seed)
-    order: list[int] = []
-
-    def extend():
-        epoch = list(range(len(rows)))
-        rng.shuffle(epoch)
-        order.extend(epoch)
-
-    if recipe.steps:
-        steps = recipe.steps
-    elif recipe.tokens:
-        steps, seen = 0, 0
-        while seen < recipe.tokens:
-            while len(order) < (steps + 1) * recipe.batch_size:
-                extend()
-            seen += sum(len(rows.ids[i]) for i in order[steps * recipe.batch_size : (steps + 1) * recipe.batch_size])
-            steps += 1
-    else:
-        steps = max(1, round((recipe.epochs or 1) * len(rows) / recipe.batch_size))
-    while len(order) < steps * recipe.batch_size:
-        extend()
-    share = recipe.batch_size // workers
-    return Plan(steps, recipe.batch_size, min(recipe.micro_batch or share, share), order)
-
-
-def rate(recipe: Recipe, step: int, steps: int) -> float:
-    """Returns the learning rate of a step (0-based): linear warm-up, then cosine or linear down to 0, or constant.
-
-    `cosine_min` goes down to a tenth of the peak.
-    """
-    warmup = round(recipe.warmup * steps)
-    if step < warmup:
-        return recipe.learning_rate * (step + 1) / warmup
-    if recipe.schedule == "constant":
-        return recipe.learning_rate
-    done = (step - warmup) / max(steps - warmup, 1)
-    if recipe.schedule == "linear":
-        return recipe.learning_rate * (1 - done)
-    least = LEAST if recipe.schedule == "cosine_min" else 0.0
-    return recipe.learning_rate * (least + (1 - least) * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-@dataclass
-class Run:
-    """A model ready to be trained: `forward` is what is called, `inner` the model itself; `done` counts optimizer steps."""
-
-    recipe: Recipe
-    world: World
-    device: str
-    inner: torch.nn.Module
-    forward: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    engine: object | None
-    accumulation: int
-    scaler: torch.amp.GradScaler
-    done: int = 0
-
-    @cached_property
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """The trainable ones; walking all modules at every step would cost a millisecond."""
-        return [p for p in self.inner.parameters() if p.requires_grad]
-
-    def held(self) -> list[torch.Tensor]:
-        """Returns every tensor that exists before the first step: weights, buffers, quantization states."""
-        tensors = list(self.inner.parameters()) + list(self.inner.buffers())
-        for parameter in self.inner.parameters():
-            state = getattr(parameter, "quant_state", None)
-            for part in (state, getattr(state, "state2", None)):
-                tensors += [value for value in vars(part).values() if isinstance(value, torch.Tensor)] if part else []
-            tensors += [t for name in ("CB", "SCB") if isinstance(t := getattr(parameter, name, None), torch.Tensor)]
-        return tensors
-
-    def step(self, rows: Tokenized, chunks: list[list[int]], tokens: int, lr: float) -> tuple[float, float]:
-        """Does one optimizer step; returns the loss before it (nats per token over all workers) and the gradient's norm.
-
-        Args:
-            chunks: this worker's rows, one list per forward.
-            tokens: supervised tokens of this step over all workers, by which the loss is divided: so the result does not
-                depend on how rows are cut into forwards and workers.
-        """
-        optimizers.set_rate(self.optimizer, lr)
-        penalty = ADAPTERS[self.recipe.adapter].penalty
-        total = 0.0
-        for i, chunk in enumerate(chunks):
-            last = i == len(chunks) - 1
-            batch = evaluate.batch_of(
-                [rows.ids[r] for r in chunk], [rows.prompt_lengths[r] for r in chunk], pad=0, device=self.device
-            )
-            waiting = self.forward.no_sync() if self._distributed and not last else nullcontext()
-            with waiting:
-                with computing(self.recipe.precision, self.device):
-                    logits = evaluate.logits_of(self.forward, batch)
-                loss = torch.nn.functional.cross_entropy(
-                    logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=-100, reduction="sum"
-                ) / tokens  # fmt: skip
-                total += loss.item()
-                if last and penalty is not None:
-                    loss = loss + penalty(self.inner)
-                # Data-parallel gradients are averaged over the workers, so the sum over them is asked for.
-                if self.engine is not None:
-                    self.engine.backward(loss * self.world.size * self.accumulation)
-                    if not last:
-                        self.engine.step()
-                else:
-                    self.scaler.scale(loss * self.world.size).backward()
-            del logits, loss
-        norm = self._update()
-        return self.world.total(total), norm
-
-    @property
-    def _distributed(self) -> bool:
-        return isinstance(self.forward, torch.nn.parallel.DistributedDataParallel)
-
-    def _update(self) -> float:
-        if self.engine is not None:
-            self.engine.step()
-            norm = self.engine.get_global_grad_norm()
-            return float(norm) if norm is not None else 0.0
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip).item()
-        if math.isfinite(norm):
-            self.optimizer.step()
-            self.done += 1
-            if (stepped := ADAPTERS[self.recipe.adapter].stepped) is not None:
-                stepped(self.inner, self.done)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.update()
-        # In fp16 an overflow is no divergence: the step is left out and the scale halved, as long as there is one.
-        overflow = self.scaler.is_enabled() and not math.isfinite(norm) and self.scaler.get_scale() >= 1
-        return 0.0 if overflow else norm
-
-
-def scaler_of(recipe: Recipe, device: str, *, start: float = 2.0**16) -> torch.amp.GradScaler:
-    """Returns what scales the loss so that gradients do not vanish in fp16; it does nothing at another precision."""
-    return torch.amp.GradScaler(device, init_scale=start, enabled=recipe.precision == "fp16")
-
-
-def set_up(job: Job, shape, planned: Plan, world: World, device: str) -> Run:
-    """Returns a fresh run: base model loaded, adapter attached, optimizer, and data-parallel wrapping where asked."""
-    recipe = job.recipe
-    inner = attach(load_model(recipe, device=device), recipe, shape, steps=planned.steps)
-    torch.manual_seed(recipe.seed + world.rank)
-    optimizer = optimizers.build(recipe, inner)
-    accumulation = math.ceil(planned.batch // world.size / planned.micro)
-    forward, engine = inner, None
-    if recipe.zero_stage:
-        if not torch.distributed.is_initialized():
-            raise wrong("recipe.zero_stage", "ZeRO shares state among workers, and this process is alone.",
-                        "Set zero_stage: 0, or resources.workers to 2 or more.")  # fmt: skip
-        import deepspeed
-
-        trainable = sum(p.numel() for p in inner.parameters() if p.requires_grad)
-        settings = zero.config(
-            recipe, workers=world.size, micro_batch=planned.micro, accumulation=accumulation, trainable=trainable
-        )
-        engine, optimizer, _, _ = deepspeed.initialize(
-            model=inner, optimizer=optimizer, config=settings, dist_init_required=False
-        )
-        forward = engine
-    elif world.size > 1:
-        forward = torch.nn.parallel.DistributedDataParallel(inner)
-    return Run(recipe, world, device, inner, forward, optimizer, engine, accumulation, scaler_of(recipe, device))
-
-
-def heaviest(planned: Plan, rows: Tokenized, world: World) -> int:
-    """Returns the step whose widest forward has the most padded tokens: the one that needs the most memory."""
-
-    def weight(step: int) -> int:
-        return max(len(c) * max(len(rows.ids[r]) for r in c) for c in planned.micro_batches(step, 0, world.size))
-
-    return max(range(planned.steps), key=weight)
-
-
-def probe_bytes(job: Job, shape, planned: Plan, rows: Tokenized, world: World, device: str) -> int:
-    """Returns the peak bytes of training on this worker, counted over two steps on the heaviest batch of a scratch model.
-
-    Two steps, because the optimizer's state exists only from the second on. Weights, adapters, gradients, optimizer state
-    and every temporary are counted by storage; the interpreter and libraries are not.
-    """
-    step = heaviest(planned, rows, world)
-    chunks = planned.micro_batches(step, world.rank, world.size)
-    run = set_up(job, shape, planned, world, device)
-    run.scaler = scaler_of(job.recipe, device, start=1.0)  # an overflow would leave the optimizer without its state
-    tokens = supervised(rows, planned, step)
-    with count_bytes(run.held()) as counter:
-        for _ in range(2):
-            run.step(rows, chunks, tokens, 0.0)
-    del run
-    gc.collect()
-    return counter.peak
-
-
-def supervised(rows: Tokenized, planned: Plan, step: int) -> int:
-    """Returns the number of response tokens in one step over all workers; the first token of a row is never predicted."""
-    chosen = planned.order[step * planned.batch : (step + 1) * planned.batch]
-    return sum(len(rows.ids[r]) - max(rows.prompt_lengths[r], 1) for r in chosen)
 
 
 @dataclass

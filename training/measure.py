@@ -13,10 +13,11 @@ import torch
 
 from training import checkpoint, evaluate
 from training.data import Rows, Tokenized, prepare, read, sample
-from training.loop import Run, plan, rate, set_up, supervised
 from training.meter import gemm_seconds
 from training.model import computing, describe, device_of, load_model, load_tokenizer
 from training.recipe import Job, Recipe
+from training.run import Run, set_up
+from training.schedule import plan, rate, supervised
 from training.world import World, versions
 
 REPEATS = 3

@@ -41,6 +41,8 @@ def environment(folder: str | Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/h.cfg", "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/h.sock",
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder), "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/h.state",
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        # Serve gives a front up that is not ready within 5 s and starts another; on a busy machine each of them may be late.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S": "50",
         # A replica that ends is taken out of HAProxy's list within a health check, not within Ray's half a minute.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
     }  # fmt: skip

@@ -31,7 +31,8 @@ from training.errors import InputError, Problem, wrong
 
 HEALTH = 1.0  # seconds between health checks; a killed replica is replaced after the next one
 LOADING_TRIES = 2
-DOOR = 60.0  # seconds for Serve's proxy to come up
+DOOR = 180.0  # seconds for Serve's proxy to come up; a second one, where the first was given up
+SHOWN = 2_000  # characters of a proxy's log
 LLM_REMEDY = 'Install "ray[llm]" on a machine with a GPU, or leave engine.kind at transformers.'
 
 
@@ -140,8 +141,19 @@ def _wait_for_door(address: str) -> None:
         except OSError as error:
             if time.monotonic() > until:
                 rule = f"Serve's proxy does not answer at {address} within {DOOR:g} s ({error})."
-                raise wrong("port", rule, "Look at the proxy's log of this Ray session.") from None
+                raise wrong("port", rule, f"Serve says: {_of_the_door()}") from None
             time.sleep(0.1)
+
+
+def _of_the_door() -> str:
+    """Returns what is known of Serve's proxies: how they are, and the end of what each has written."""
+    said = []
+    for proxy in serve.status().proxies.values():
+        said.append(str(getattr(proxy, "value", proxy)))
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path(), "serve")
+    for log in sorted([*logs.glob("*proxy*.log")], key=lambda path: path.stat().st_mtime)[-2:]:
+        said.append(f"{log.name}: {log.read_text(errors='replace')[-SHOWN:]}")
+    return "\n".join(said) or "nothing"
 
 
 def _as_wanted(folder: str | Path, table: Table) -> bool:

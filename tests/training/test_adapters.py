@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training import loop
+from training import schedule
 from training.adapters import ADAPTERS, START_RANK, attach
 from training.data import prepare, read
 from training.model import describe, load_model, load_tokenizer, match
 from training.recipe import Recipe
+from training.run import Run, set_up
+from training.schedule import Plan
 from training.world import World
 
 PEFT = sorted(set(ADAPTERS) - {"full"})
@@ -86,16 +88,16 @@ def test_dropout_is_the_recipes(llama):
 # Methods
 
 
-def run_of(job) -> tuple[loop.Run, loop.Plan, object]:
+def run_of(job) -> tuple[Run, Plan, object]:
     rows = prepare(read(job.data), job.data, load_tokenizer(job.recipe), job.recipe.max_length).train
-    planned = loop.plan(job.recipe, rows, workers=1)
-    return loop.set_up(job, describe(job.recipe.model), planned, World(), "cpu"), planned, rows
+    planned = schedule.plan(job.recipe, rows, workers=1)
+    return set_up(job, describe(job.recipe.model), planned, World(), "cpu"), planned, rows
 
 
 def steps(run, planned, rows, rate=5e-3):
     """Does all steps of a plan, and yields the number of each."""
     for step in range(planned.steps):
-        run.step(rows, planned.micro_batches(step, 0, 1), loop.supervised(rows, planned, step), rate)
+        run.step(rows, planned.micro_batches(step, 0, 1), schedule.supervised(rows, planned, step), rate)
         yield step + 1
 
 
@@ -120,7 +122,7 @@ def test_the_orthogonal_penalty_of_adalora_is_in_the_gradient_and_not_in_the_los
     for weight in (0.0, 0.5):
         run, planned, rows = run_of(job)
         run.inner.peft_config["default"].orth_reg_weight = weight
-        told[weight] = run.step(rows, planned.micro_batches(0, 0, 1), loop.supervised(rows, planned, 0), 0.0)
+        told[weight] = run.step(rows, planned.micro_batches(0, 0, 1), schedule.supervised(rows, planned, 0), 0.0)
     # With E at zero nothing of the loss itself reaches A and B.
     assert told[0.0][0] == told[0.5][0] and told[0.5][1] > told[0.0][1]
 
@@ -149,5 +151,5 @@ def test_every_method_trains_beside_a_checkpointed_base(make_job, adapter):
     run, planned, rows = run_of(make_job(adapter=adapter, gradient_checkpointing=True))
     plain, *_ = run_of(make_job(adapter=adapter))
     for one in (run, plain):
-        one.told = one.step(rows, planned.micro_batches(0, 0, 1), loop.supervised(rows, planned, 0), 0.0)
+        one.told = one.step(rows, planned.micro_batches(0, 0, 1), schedule.supervised(rows, planned, 0), 0.0)
     assert run.told == pytest.approx(plain.told, rel=1e-4)

@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 
-from training import evaluate, loop
+from training import evaluate, schedule
 from training.data import Tokenized, prepare, read
 from training.model import describe, load_model, load_tokenizer
 from training.recipe import Recipe
+from training.run import set_up
 from training.world import World
 
 
@@ -31,10 +32,10 @@ def model(make_job, tokenizer):
     job = make_job(model="embedded", rank=32, steps=30, batch_size=8)
     rows = prepare(read(job.data), job.data, tokenizer, 128).validation
     some = Tokenized(rows.ids[:8], rows.prompt_lengths[:8])
-    planned = loop.plan(job.recipe, some, workers=1)
-    run = loop.set_up(job, describe(job.recipe.model), planned, World(), "cpu")
+    planned = schedule.plan(job.recipe, some, workers=1)
+    run = set_up(job, describe(job.recipe.model), planned, World(), "cpu")
     for step in range(planned.steps):
-        run.step(some, planned.micro_batches(step, 0, 1), loop.supervised(some, planned, step), 1e-2)
+        run.step(some, planned.micro_batches(step, 0, 1), schedule.supervised(some, planned, step), 1e-2)
     return run.inner
 
 
@@ -104,8 +105,8 @@ def test_the_mode_comes_back_even_after_an_error(llama, training):
 
 def test_dropout_is_off_while_scoring(make_job, held_out):
     job = make_job(dropout=0.9)
-    planned = loop.plan(job.recipe, held_out, workers=1)
-    run = loop.set_up(job, describe(job.recipe.model), planned, World(), "cpu")
+    planned = schedule.plan(job.recipe, held_out, workers=1)
+    run = set_up(job, describe(job.recipe.model), planned, World(), "cpu")
     for parameter in run.parameters:
         parameter.data.fill_(0.01)
     assert scored(run.inner, held_out, 8) == scored(run.inner, held_out, 8)

@@ -16,9 +16,11 @@ from training import evaluate, loop, stability
 from training.checkpoint import verify
 from training.data import Tokenized, prepare, read
 from training.errors import InputError
-from training.loop import Plan, heaviest, plan, rate, supervised, train
+from training.loop import train
 from training.model import describe, load_model, load_tokenizer
 from training.recipe import EvaluationConfig, Limits, Recipe
+from training.run import Run, scaler_of, set_up
+from training.schedule import Plan, heaviest, plan, rate, supervised
 from training.world import World
 
 # Plans
@@ -116,7 +118,7 @@ def test_without_warm_up_the_first_step_has_the_peak():
 
 def learner(job, rows: Tokenized):
     planned = plan(job.recipe, rows, workers=1)
-    return loop.set_up(job, describe(job.recipe.model), planned, World(), "cpu"), planned
+    return set_up(job, describe(job.recipe.model), planned, World(), "cpu"), planned
 
 
 def tokenized(job) -> Tokenized:
@@ -239,10 +241,10 @@ def test_an_overflow_in_fp16_leaves_the_step_out_and_halves_the_scale(make_job):
     def step() -> float:
         return run.step(rows, planned.micro_batches(0, 0, 1), supervised(rows, planned, 0), 1e-2)[1]
 
-    run.scaler = loop.scaler_of(job.recipe, "cpu", start=2.0**8)
+    run.scaler = scaler_of(job.recipe, "cpu", start=2.0**8)
     assert 0 < step() < math.inf and run.done == 1 and run.scaler.get_scale() == 2.0**8
     before = [parameter.detach().clone() for parameter in run.parameters]
-    run.scaler = loop.scaler_of(job.recipe, "cpu", start=2.0**24)
+    run.scaler = scaler_of(job.recipe, "cpu", start=2.0**24)
     assert step() == 0.0 and run.done == 1  # nothing was done, and it counts for no divergence
     assert run.scaler.get_scale() == 2.0**23
     assert all(torch.equal(a, b) for a, b in zip(before, run.parameters, strict=True))
@@ -267,7 +269,7 @@ def test_the_scale_of_fp16_does_not_change_the_gradient(make_job):
         job = make_job(model="embedded", precision="fp16")
         rows = tokenized(job)
         run, planned = learner(job, rows)
-        run.scaler = loop.scaler_of(job.recipe, "cpu", start=start)
+        run.scaler = scaler_of(job.recipe, "cpu", start=start)
         told[start] = run.step(rows, planned.micro_batches(0, 0, 1), supervised(rows, planned, 0), 0.0)
     assert told[2.0**2] == pytest.approx(told[2.0**9], rel=1e-2)
 
@@ -328,7 +330,7 @@ def test_too_many_seconds_are_infeasible(make_job, tmp_path):
 
 
 def fail_at(monkeypatch, call: int, error: BaseException) -> None:
-    real, calls = loop.Run.step, []
+    real, calls = Run.step, []
 
     def step(self, *args):
         calls.append(args)
@@ -336,7 +338,7 @@ def fail_at(monkeypatch, call: int, error: BaseException) -> None:
             raise error
         return real(self, *args)
 
-    monkeypatch.setattr(loop.Run, "step", step)
+    monkeypatch.setattr(Run, "step", step)
 
 
 def caused() -> RuntimeError:

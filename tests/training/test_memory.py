@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from training import loop, memory
+from training import memory, schedule
 from training.data import prepare, read
 from training.model import describe, load_tokenizer
 from training.recipe import Job, Recipe
+from training.run import probe_bytes
 from training.world import World
 
 RECIPES = [
@@ -55,15 +56,15 @@ RECIPES = [
 def counted(job: Job) -> tuple[int, dict[str, int]]:
     """Returns the bytes counted in two real steps, and the longest row and response of the batch that was used."""
     rows = prepare(read(job.data), job.data, load_tokenizer(job.recipe), job.recipe.max_length).train
-    planned = loop.plan(job.recipe, rows, workers=1)
-    step = loop.heaviest(planned, rows, World())
+    planned = schedule.plan(job.recipe, rows, workers=1)
+    step = schedule.heaviest(planned, rows, World())
     chunks = planned.micro_batches(step, 0, 1)
     widest = max(chunks, key=lambda chunk: len(chunk) * max(len(rows.ids[r]) for r in chunk))
     lengths = {
         "tokens_per_row": max(len(rows.ids[r]) for r in widest),
         "response": max(len(rows.ids[r]) - rows.prompt_lengths[r] for r in widest),
     }
-    return loop.probe_bytes(job, describe(job.recipe.model), planned, rows, World(), "cpu"), lengths
+    return probe_bytes(job, describe(job.recipe.model), planned, rows, World(), "cpu"), lengths
 
 
 @pytest.mark.parametrize("fields", RECIPES, ids=lambda fields: " ".join(f"{k}={v}" for k, v in fields.items()))

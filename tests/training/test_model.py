@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import evaluate, loop, model
+from training import evaluate, model, schedule
 from training.data import Tokenized
 from training.errors import InputError
 from training.model import describe, device_of, is_attention, load_model, load_tokenizer, match
 from training.recipe import Recipe, Resources
+from training.run import set_up
 from training.world import World
 
 
@@ -265,7 +266,7 @@ def error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 
 
 def prepared_run(job, rows: Tokenized):
-    run = loop.set_up(job, describe(job.recipe.model), loop.plan(job.recipe, rows, workers=1), World(), "cpu")
+    run = set_up(job, describe(job.recipe.model), schedule.plan(job.recipe, rows, workers=1), World(), "cpu")
     torch.manual_seed(1)
     for parameter in run.parameters:  # as after some training: B is no longer zero
         parameter.data += 0.05 * torch.randn_like(parameter)

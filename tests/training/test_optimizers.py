@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training import loop, optimizers
+from training import loop, optimizers, schedule
 from training.adapters import ADAPTERS, attach
 from training.errors import InputError
 from training.model import describe, load_model
@@ -32,7 +32,7 @@ def test_the_rates_of_lora_plus_are_those_of_peft(llama, adapter):
 def test_the_schedule_scales_each_groups_own_peak(llama):
     optimizer, _, recipe = built(llama, lora_plus_ratio=8)
     for step in range(20):
-        now = loop.rate(recipe, step, 20)
+        now = schedule.rate(recipe, step, 20)
         optimizers.set_rate(optimizer, now)
         assert sorted(group["lr"] for group in optimizer.param_groups) == [now, 8 * now]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from training import loop, memory
+from training import loop, memory, schedule
 from training.data import prepare, read
 from training.model import describe, load_tokenizer
 from training.recipe import EvaluationConfig, Job, Limits
@@ -45,8 +45,8 @@ def jobs(make_job) -> dict[str, Job]:
 def predicted(job: Job, world: World) -> int:
     """Returns the peak bytes predicted for the row lengths that the probe meets."""
     rows = prepare(read(job.data), job.data, load_tokenizer(job.recipe), job.recipe.max_length).train
-    planned = loop.plan(job.recipe, rows, workers=world.size)
-    chunks = planned.micro_batches(loop.heaviest(planned, rows, world), world.rank, world.size)
+    planned = schedule.plan(job.recipe, rows, workers=world.size)
+    chunks = planned.micro_batches(schedule.heaviest(planned, rows, world), world.rank, world.size)
     widest = max(chunks, key=lambda chunk: len(chunk) * max(len(rows.ids[r]) for r in chunk))
     return memory.predict(
         job.recipe, describe(job.recipe.model), workers=world.size,

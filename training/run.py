@@ -1,0 +1,165 @@
+"""A model that is being trained: base, adapter, optimizer, data-parallel wrapping; one optimizer step; its bytes.
+
+Owns: `Run`, `set_up`, `probe_bytes`. Must not know: the order of the rows, when a run ends, Ray.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from training import evaluate, optimizers, zero
+from training.adapters import ADAPTERS, attach
+from training.data import Tokenized
+from training.errors import wrong
+from training.meter import count_bytes
+from training.model import computing, load_model
+from training.recipe import Job, Recipe
+from training.schedule import Plan, heaviest, supervised
+from training.world import World
+
+
+@dataclass
+class Run:
+    """A model ready to be trained: `forward` is what is called, `inner` the model itself; `done` counts optimizer steps."""
+
+    recipe: Recipe
+    world: World
+    device: str
+    inner: torch.nn.Module
+    forward: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    engine: object | None
+    accumulation: int
+    scaler: torch.amp.GradScaler
+    done: int = 0
+
+    @cached_property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The trainable ones; walking all modules at every step would cost a millisecond."""
+        return [p for p in self.inner.parameters() if p.requires_grad]
+
+    def held(self) -> list[torch.Tensor]:
+        """Returns every tensor that exists before the first step: weights, buffers, quantization states."""
+        tensors = list(self.inner.parameters()) + list(self.inner.buffers())
+        for parameter in self.inner.parameters():
+            state = getattr(parameter, "quant_state", None)
+            for part in (state, getattr(state, "state2", None)):
+                tensors += [value for value in vars(part).values() if isinstance(value, torch.Tensor)] if part else []
+            tensors += [t for name in ("CB", "SCB") if isinstance(t := getattr(parameter, name, None), torch.Tensor)]
+        return tensors
+
+    def step(self, rows: Tokenized, chunks: list[list[int]], tokens: int, lr: float) -> tuple[float, float]:
+        """Does one optimizer step; returns the loss before it (nats per token over all workers) and the gradient's norm.
+
+        Args:
+            chunks: this worker's rows, one list per forward.
+            tokens: supervised tokens of this step over all workers, by which the loss is divided: so the result does not
+                depend on how rows are cut into forwards and workers.
+        """
+        optimizers.set_rate(self.optimizer, lr)
+        penalty = ADAPTERS[self.recipe.adapter].penalty
+        total = 0.0
+        for i, chunk in enumerate(chunks):
+            last = i == len(chunks) - 1
+            batch = evaluate.batch_of(
+                [rows.ids[r] for r in chunk], [rows.prompt_lengths[r] for r in chunk], pad=0, device=self.device
+            )
+            waiting = self.forward.no_sync() if self._distributed and not last else nullcontext()
+            with waiting:
+                with computing(self.recipe.precision, self.device):
+                    logits = evaluate.logits_of(self.forward, batch)
+                loss = torch.nn.functional.cross_entropy(
+                    logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=-100, reduction="sum"
+                ) / tokens  # fmt: skip
+                total += loss.item()
+                if last and penalty is not None:
+                    loss = loss + penalty(self.inner)
+                # Data-parallel gradients are averaged over the workers, so the sum over them is asked for.
+                if self.engine is not None:
+                    self.engine.backward(loss * self.world.size * self.accumulation)
+                    if not last:
+                        self.engine.step()
+                else:
+                    self.scaler.scale(loss * self.world.size).backward()
+            del logits, loss
+        norm = self._update()
+        return self.world.total(total), norm
+
+    @property
+    def _distributed(self) -> bool:
+        return isinstance(self.forward, torch.nn.parallel.DistributedDataParallel)
+
+    def _update(self) -> float:
+        if self.engine is not None:
+            self.engine.step()
+            norm = self.engine.get_global_grad_norm()
+            return float(norm) if norm is not None else 0.0
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip).item()
+        if math.isfinite(norm):
+            self.optimizer.step()
+            self.done += 1
+            if (stepped := ADAPTERS[self.recipe.adapter].stepped) is not None:
+                stepped(self.inner, self.done)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        # In fp16 an overflow is no divergence: the step is left out and the scale halved, as long as there is one.
+        overflow = self.scaler.is_enabled() and not math.isfinite(norm) and self.scaler.get_scale() >= 1
+        return 0.0 if overflow else norm
+
+
+def scaler_of(recipe: Recipe, device: str, *, start: float = 2.0**16) -> torch.amp.GradScaler:
+    """Returns what scales the loss so that gradients do not vanish in fp16; it does nothing at another precision."""
+    return torch.amp.GradScaler(device, init_scale=start, enabled=recipe.precision == "fp16")
+
+
+def set_up(job: Job, shape, planned: Plan, world: World, device: str) -> Run:
+    """Returns a fresh run: base model loaded, adapter attached, optimizer, and data-parallel wrapping where asked."""
+    recipe = job.recipe
+    inner = attach(load_model(recipe, device=device), recipe, shape, steps=planned.steps)
+    torch.manual_seed(recipe.seed + world.rank)
+    optimizer = optimizers.build(recipe, inner)
+    accumulation = math.ceil(planned.batch // world.size / planned.micro)
+    forward, engine = inner, None
+    if recipe.zero_stage:
+        if not torch.distributed.is_initialized():
+            raise wrong("recipe.zero_stage", "ZeRO shares state among workers, and this process is alone.",
+                        "Set zero_stage: 0, or resources.workers to 2 or more.")  # fmt: skip
+        import deepspeed
+
+        trainable = sum(p.numel() for p in inner.parameters() if p.requires_grad)
+        settings = zero.config(
+            recipe, workers=world.size, micro_batch=planned.micro, accumulation=accumulation, trainable=trainable
+        )
+        engine, optimizer, _, _ = deepspeed.initialize(
+            model=inner, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+        forward = engine
+    elif world.size > 1:
+        forward = torch.nn.parallel.DistributedDataParallel(inner)
+    return Run(recipe, world, device, inner, forward, optimizer, engine, accumulation, scaler_of(recipe, device))
+
+
+def probe_bytes(job: Job, shape, planned: Plan, rows: Tokenized, world: World, device: str) -> int:
+    """Returns the peak bytes of training on this worker, counted over two steps on the heaviest batch of a scratch model.
+
+    Two steps, because the optimizer's state exists only from the second on. Weights, adapters, gradients, optimizer state
+    and every temporary are counted by storage; the interpreter and libraries are not.
+    """
+    step = heaviest(planned, rows, world)
+    chunks = planned.micro_batches(step, world.rank, world.size)
+    run = set_up(job, shape, planned, world, device)
+    run.scaler = scaler_of(job.recipe, device, start=1.0)  # an overflow would leave the optimizer without its state
+    tokens = supervised(rows, planned, step)
+    with count_bytes(run.held()) as counter:
+        for _ in range(2):
+            run.step(rows, chunks, tokens, 0.0)
+    del run
+    gc.collect()
+    return counter.peak
