@@ -23,8 +23,7 @@ quickstart: setup
 
 test: .venv/.test-ready
 	.venv/bin/ruff check .
-	.venv/bin/python -m pytest --ignore tests/training
-	.venv/bin/python -m pytest -n 2 --dist loadfile tests/training
+	.venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 lint: .venv/.test-ready
 	.venv/bin/ruff check .
