@@ -19,6 +19,7 @@ import typer
 
 from hpo.cli_data import data
 from hpo.cli_models import endpoints, keep, models
+from hpo.cli_steer import steer
 from hpo.errors import HpoError, InputError, NotFound, StudyBusy
 from hpo.terminal import Json, Name, Sets, Source, Storage, console, print_json, say
 
@@ -30,6 +31,7 @@ app = typer.Typer(help="Find good hyperparameters for fine-tuning language model
 app.add_typer(models, name="model")
 app.add_typer(endpoints, name="endpoint")
 app.command()(data)
+app.command()(steer)
 
 
 @app.command()

@@ -18,6 +18,7 @@ from hpo import algorithms, gate, space
 from hpo.errors import rule_of
 from hpo.objectives import losses
 from hpo.spec import Spec
+from hpo.steer import ORIGIN, Inbox
 from hpo.store import Holder, Record, Store, with_state
 from hpo.trial import CurvePoint, State, Trial
 from training.recipe import DataConfig, Job, Outcome, Progress
@@ -41,7 +42,9 @@ class Search:
             tokens_per_row: of the longest training row, for the memory gate.
             clock: seconds, for `budget.hours`.
         """
-        self.store, self.study, self.spec, self.holder = store, record, record.spec, holder
+        self.store, self.study, self.holder = store, record, holder
+        self._inbox = Inbox(store, record.id)
+        self.spec = self._inbox.open(record.spec)  # with what was ordered since it was written
         self.stopping: str | None = None
         self._resume = False
         self.interrupted = False  # set from a signal handler, which may do no more than that
@@ -57,19 +60,24 @@ class Search:
 
     def ask(self) -> Trial | None:
         """Returns the next trial, started and on the record, or None when there is none (budget, space or `stop`)."""
+        self._steer()
         self.beat()
         if self.stopping or self._out_of_time():
             return None
+        self._orphans = [t for t in self._orphans if not self._ended_by_order(t)]
         if self._orphans:
             return self._relaunch(self._orphans.pop(0), "its process died")
         for _ in range(REFUSALS):
-            if self.launched >= self.spec.budget.trials:
+            # What was ordered is tried whatever the budget of trials says, and counts against it.
+            if self.launched >= self.spec.budget.trials and not self._inbox.points:
                 return None
             trial = self._propose()
             if trial is None:
                 return None
             self._trials[trial.number] = trial
             self.store.start_trial(self.study.id, trial)
+            if trial.origin == ORIGIN:
+                self._inbox.launched(self._inbox.points[0], trial.number)
             if not trial.final:
                 self.shares[trial.number] = 0.0
                 return trial
@@ -83,8 +91,9 @@ class Search:
         )
         self.store.add_point(self.study.id, number, trial.attempts, point)
         self.shares[number] = progress.share
+        self._steer()
         self.beat()
-        return self.stopping
+        return self.stopping or self._inbox.stops.get(number)
 
     def tell(self, number: int, outcome: Outcome) -> Trial:
         """Keeps what came of a trial; returns it in its final state. The first result wins."""
@@ -97,8 +106,8 @@ class Search:
             state, error = "failed", f"an objective is missing or not finite: {', '.join(self.spec.objectives)}"
         if wrong := _invalid(outcome):
             state, error, outcome = "failed", error or f"the outcome cannot be kept: {wrong}", None
-        if state == "stopped" and self.stopping:
-            if self._resume:
+        if state == "stopped" and (self.stopping or number in self._inbox.stops):
+            if self._resume and number not in self._inbox.stops:
                 return self.put_back(number)
             state = "cancelled"  # ended by us for a reason that says nothing about the point
         return self._finish(with_state(self._trials[number], state, outcome, error))
@@ -152,6 +161,8 @@ class Search:
             self.store.add_spent(self.study.id, now - self._counted)
             self._counted = now
         if self._out_of_time():
+            self._steer()  # more hours may just have been given
+        if self._out_of_time():
             self.stop(f"budget.hours ({self.spec.budget.hours}) is spent")
 
     def close(self) -> None:
@@ -183,6 +194,16 @@ class Search:
 
     # Inside
 
+    def _steer(self) -> None:
+        """Follows what was ordered from outside since the last look."""
+        self.spec = self._inbox.follow(self.spec, self._trials)
+
+    def _ended_by_order(self, trial: Trial) -> bool:
+        # Its process died between the order to stop it and its end.
+        if (reason := self._inbox.stops.get(trial.number)) is not None:
+            self._finish(with_state(trial, "cancelled", None, reason))
+        return reason is not None
+
     def _propose(self) -> Trial | None:
         number = max(self._trials, default=-1) + 1
         params, recipe, origin = self._next_point(number)
@@ -202,6 +223,9 @@ class Search:
         spec = self.spec
         if number == 0:
             return spec.space.project(spec.recipe) or {}, spec.recipe, "defaults"
+        if self._inbox.points:
+            params = self._inbox.points[0].data["params"]
+            return params, spec.space.resolve(params, spec.recipe), ORIGIN
         tried = {space.key(trial.params) for trial in self._trials.values()}
         for point in spec.start:
             if space.key(point) not in tried:

@@ -296,6 +296,15 @@ def _set(raw: dict, item: str) -> None:
     raw[last] = value
 
 
+def value_of(text: str, where: str) -> Any:
+    """Returns a value that was typed for a field, as YAML reads it, and numbers as people write them (1e-4)."""
+    value = _yaml(text, f"--set {where}") if text else None
+    try:
+        return float(value) if isinstance(value, str) and value[:1].isdigit() else value
+    except ValueError:
+        return value
+
+
 def _space_named(name: str) -> dict:
     known = bundled("spaces")
     if name not in known:
@@ -351,6 +360,11 @@ def build(raw: dict[str, Any], folder: Path) -> Spec:
     if found:
         raise SpecError(*found, sound=spec, broken=broken)
     return spec
+
+
+def recheck(spec: Spec) -> list[Problem]:
+    """Returns what is wrong with a study that was changed after it was read."""
+    return _cross_checks(spec)
 
 
 def touches(broken: Iterable[str], *paths: str) -> bool:

@@ -14,7 +14,7 @@ import socket
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -302,16 +302,25 @@ class Store:
 
     # Events
 
-    def add_event(self, study: int, kind: str, **data: Any) -> None:
-        """Appends to the study's log."""
+    def add_event(self, study: int, kind: str, **data: Any) -> int:
+        """Appends to the study's log; returns the event's id, which is above those of all earlier ones."""
         with self._begin() as db:
-            db.execute(_events.insert().values(study=study, at=time.time(), kind=kind, data=json.dumps(data)))
+            made = db.execute(_events.insert().values(study=study, at=time.time(), kind=kind, data=json.dumps(data)))
+        return made.inserted_primary_key[0]
 
-    def events(self, study: int) -> list[dict[str, Any]]:
-        """Returns the study's log, oldest first: `at`, `kind` and the event's own fields."""
+    def events(self, study: int, *, kinds: Sequence[str] = (), after: int = 0) -> list[dict[str, Any]]:
+        """Returns the study's log, oldest first: `id`, `at`, `kind` and the event's own fields.
+
+        Args:
+            kinds: only these; default: all.
+            after: only those with a greater id.
+        """
+        chosen = sa.select(_events).where(_events.c.study == study, _events.c.id > after).order_by(_events.c.id)
+        if kinds:
+            chosen = chosen.where(_events.c.kind.in_(kinds))
         with self._begin() as db:
-            rows = db.execute(sa.select(_events).where(_events.c.study == study).order_by(_events.c.id)).all()
-        return [{"at": row.at, "kind": row.kind, **json.loads(row.data)} for row in rows]
+            rows = db.execute(chosen).all()
+        return [{"id": row.id, "at": row.at, "kind": row.kind, **json.loads(row.data)} for row in rows]
 
     # Promotions and models
 

@@ -25,6 +25,7 @@ from hpo.model import Model
 from hpo.pareto import front
 from hpo.search import Search
 from hpo.spec import Loaded, Spec
+from hpo.steer import Steer, hull, orders, steered
 from hpo.store import Record, Store, open_store
 from hpo.trial import Trial
 from training import sources
@@ -78,6 +79,12 @@ class Study:
         """What may be claimed about the winner; None until a run has ended."""
         return self.record.certificate
 
+    @property
+    def steer(self) -> Steer:
+        """Gives orders to the study while it runs, here or elsewhere: add, clone or stop a trial, another range or budget."""
+        self.store.upgrade()
+        return Steer(self.store, self.record)
+
     def history(self, *, curves: bool = False) -> list[Trial]:
         """Returns all trials by number; front members that were timed alone have those seconds."""
         record = self.record
@@ -115,15 +122,16 @@ class Study:
         from hpo.figures import View
 
         spec, trials = self.spec, self.history(curves=True)
+        given = orders(self.store, self.record.id)
         settings = {
             "algorithm": " ".join([spec.algorithm.name, *(f"{k}={v}" for k, v in spec.algorithm.options.items())]),
             "model": spec.recipe.model, "data": spec.data.train, "task": spec.data.task, "seed": str(spec.seed),
             "budget": ", ".join(f"{name} {value}" for name, value in spec.budget.model_dump().items() if value is not None),
             "limits": ", ".join(f"{k} {v:,}" for k, v in spec.limits.model_dump().items() if v is not None) or "none",
             "resources": ", ".join(f"{name} {value}" for name, value in spec.resources.model_dump().items()),
-        }  # fmt: skip
+        } | ({"steered": "; ".join(str(order) for order in given if order.trial is not None)} if given else {})  # fmt: skip
         return View(
-            name=spec.name, description=spec.description, objectives=spec.targets, space=spec.space, trials=trials,
+            name=spec.name, description=spec.description, objectives=spec.targets, space=hull(spec, given), trials=trials,
             front=front(trials, spec.targets), certificate=self.certificate, settings=settings,
             quality=_quality(spec),
         )  # fmt: skip
@@ -429,9 +437,11 @@ def _finished(loaded: Loaded, digest: str) -> Study | None:
     except NotFound:
         return None
     trials = store.trials(record.id)
+    given = orders(store, record.id)
+    spec = steered(spec, given)
     launched = sum(1 for t in trials if t.attempts and t.state != "cancelled")
     certified = record.certificate is not None and record.certificate.made >= max((t.finished or 0 for t in trials), default=0)
-    if launched < spec.budget.trials or not certified or not all(t.final for t in trials):
+    if launched < spec.budget.trials or not certified or not all(t.final for t in trials) or any(o.waits for o in given):
         return None
     store.add_study(_continued(record, loaded, digest), loaded.written, digest)
     return Study(store, spec.name)
@@ -538,7 +548,8 @@ def _progress(search: Search, since: float) -> dict[str, Any]:
     for trial in trials:
         states[trial.state] = states.get(trial.state, 0) + 1
     return {
-        "phase": "training", "finished": search.finished, "states": states, "running": dict(search.shares), "front": len(members),
+        "phase": "training", "trials": spec.budget.trials, "finished": search.finished, "states": states,
+        "running": dict(search.shares), "front": len(members),
         "best": spec.targets[0].of(members[0].outcome) if members else None,
         "left": elapsed / len(done) * remaining if done else None,
     }  # fmt: skip

@@ -17,11 +17,11 @@ LAYERS = (
     ("errors", "space", "trial", "objectives", "pareto", "certificate", "model"),  # words: what is searched, wanted, claimed
     ("algorithms", "gate", "importance"),  # pure functions of them
     ("spec",),  # a study as a user writes it
-    ("store",),  # the record
+    ("store", "steer"),  # the record, and orders to who runs a study
     ("search",),  # the heart: ask, report, tell
     ("check", "local", "tune", "certify", "figures", "report", "promote", "endpoint"),  # what a run is made of
     ("study", "draft", "doctor"),  # the facade, and what helps to begin
-    ("show", "show_models", "terminal", "cli_models", "cli_data", "cli", "__init__", "__main__"),  # doors
+    ("show", "show_models", "terminal", "cli_models", "cli_data", "cli_steer", "cli", "__init__", "__main__"),  # doors
 )
 # Nothing but these files may name these libraries.
 ONLY = {
@@ -31,7 +31,7 @@ ONLY = {
     "moocore": {"hpo/pareto.py"},
     "sqlalchemy": {"hpo/store.py"},
     "sqlite3": {"hpo/store.py"},
-    "typer": {"hpo/cli.py", "hpo/cli_models.py", "hpo/cli_data.py", "hpo/terminal.py"},
+    "typer": {"hpo/cli.py", "hpo/cli_models.py", "hpo/cli_data.py", "hpo/cli_steer.py", "hpo/terminal.py"},
     "bitsandbytes": {"hpo/doctor.py", "training/model.py", "training/optimizers.py", "training/merge.py"},
     "peft": {"training/adapters.py", "training/checkpoint.py", "training/merge.py"},
     "deepspeed": {"training/run.py", "training/workers.py"},
