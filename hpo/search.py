@@ -14,16 +14,18 @@ from collections.abc import Callable
 
 from pydantic import ValidationError
 
-from hpo import algorithms, gate, space
+from hpo import algorithms, gate, space, stopping
 from hpo.errors import rule_of
 from hpo.objectives import losses
+from hpo.space import Params
 from hpo.spec import Spec
 from hpo.steer import ORIGIN, Inbox
 from hpo.store import Holder, Record, Store, with_state
 from hpo.trial import CurvePoint, State, Trial
-from training.recipe import DataConfig, Job, Outcome, Progress
+from training.recipe import DataConfig, Job, Outcome, Progress, Recipe
 
 REFUSALS = 200  # points in a row that the gate may refuse before the space counts as exhausted
+Judge = Callable[[Params, Recipe], gate.Verdict]
 STATE_OF: dict[str, State] = {"complete": "complete", "stopped": "stopped", "infeasible": "infeasible", "diverged": "diverged"}
 
 
@@ -31,6 +33,7 @@ class Search:
     """One study being searched. Used by one thread; runners call it in the process that holds the study."""
 
     def __init__(self, store: Store, record: Record, holder: Holder, *, shape=None, tokens_per_row: int = 0,
+                 judge: Judge | None = None, resolve: Callable[[Params], Recipe] | None = None,
                  clock: Callable[[], float] = time.time):  # fmt: skip
         """Takes up a study where the record leaves it.
 
@@ -40,7 +43,9 @@ class Search:
             holder: this process's hold on it.
             shape: of the base model, for the memory gate; None lets everything pass.
             tokens_per_row: of the longest training row, for the memory gate.
-            clock: seconds, for `budget.hours`.
+            judge: says what is launched, in place of the gate: for trials that are not real.
+            resolve: the recipe of a point, where the space's dimensions are no fields of a recipe.
+            clock: seconds since the epoch.
         """
         self.store, self.study, self.holder = store, record, holder
         self._inbox = Inbox(store, record.id)
@@ -52,7 +57,14 @@ class Search:
         self.shares: dict[int, float] = {}  # of the running trials: how much of its own length each has done
         self._shape, self._tokens_per_row, self._clock = shape, tokens_per_row, clock
         self._began = self._counted = clock()
+        self._judge, self._resolve = judge or self._gate, resolve
         self._trials = {trial.number: trial for trial in store.trials(record.id)}
+        self._rule, self._options = self.spec.stopping.name, self.spec.stopping.options
+        self._curves: dict[int, tuple[CurvePoint, ...]] = {}  # of the running trials
+        self._remembered: list[Trial] = []  # what the stopping rule looks at, with curves
+        self._behind: dict[int, str] = {}  # the trials that it ended, with the reason
+        if self._rule != "none":
+            self._recall()
         # Trials that were in flight when an earlier process died; they are launched again with the same point and number.
         self._orphans = [trial for trial in self._trials.values() if not trial.final]
 
@@ -87,13 +99,15 @@ class Search:
         """Keeps a report; returns None to go on, or the reason why the trial should end."""
         trial = self._trials[number]
         point = CurvePoint(
-            share=progress.share, step=progress.step, tokens=progress.tokens, seconds=progress.seconds, metrics=progress.metrics
-        )
-        self.store.add_point(self.study.id, number, trial.attempts, point)
+            share=progress.share, step=progress.step, tokens=progress.tokens, seconds=progress.seconds,
+            peak_bytes=progress.peak_bytes, metrics=progress.metrics,
+        )  # fmt: skip
+        said = self._decide(trial, point)
+        self.store.add_point(self.study.id, number, trial.attempts, point, said)
         self.shares[number] = progress.share
         self._steer()
         self.beat()
-        return self.stopping or self._inbox.stops.get(number)
+        return self.stopping or self._inbox.stops.get(number) or self._behind.get(number)
 
     def tell(self, number: int, outcome: Outcome) -> Trial:
         """Keeps what came of a trial; returns it in its final state. The first result wins."""
@@ -106,11 +120,12 @@ class Search:
             state, error = "failed", f"an objective is missing or not finite: {', '.join(self.spec.objectives)}"
         if wrong := _invalid(outcome):
             state, error, outcome = "failed", error or f"the outcome cannot be kept: {wrong}", None
-        if state == "stopped" and (self.stopping or number in self._inbox.stops):
-            if self._resume and number not in self._inbox.stops:
+        ordered = number in self._inbox.stops
+        if state == "stopped" and (ordered or (self.stopping and number not in self._behind)):
+            if self._resume and not ordered:
                 return self.put_back(number)
             state = "cancelled"  # ended by us for a reason that says nothing about the point
-        return self._finish(with_state(self._trials[number], state, outcome, error))
+        return self._finish(with_state(self._trials[number], state, outcome, error, at=self._clock()))
 
     def fail(self, number: int, error: str, *, retry: bool) -> Trial | None:
         """Keeps a failure; returns the trial to launch again where `retry` and the budget allow it, else None.
@@ -125,7 +140,7 @@ class Search:
             return None
         if retry and not self.stopping and trial.attempts <= self.spec.budget.retries:
             return self._relaunch(trial, error)
-        self._finish(with_state(trial, "failed", None, error))
+        self._finish(with_state(trial, "failed", None, error, at=self._clock()))
         return None
 
     def stop(self, reason: str, *, resume: bool = False) -> None:
@@ -204,54 +219,85 @@ class Search:
             self._finish(with_state(trial, "cancelled", None, reason))
         return reason is not None
 
+    def _gate(self, params: Params, recipe: Recipe) -> gate.Verdict:
+        return gate.judge(recipe, self._shape, self.spec.limits, self.spec.resources, self._tokens_per_row)
+
+    def _recall(self) -> None:
+        """Reads the curves that the stopping rule looks at from the record."""
+        known = self.store.trials(self.study.id, curves=True)
+        self._curves |= {trial.number: trial.curve for trial in known if not trial.final}
+        self._remembered = stopping.remember(self._rule, [t for t in known if t.final], self.spec.targets)
+
+    def _decide(self, trial: Trial, point: CurvePoint) -> str | None:
+        """Returns the stopping rule's reason to end a trial, given its new report."""
+        if self._rule == "none" or trial.number in self._behind:
+            return None
+        curve = (*self._curves.get(trial.number, ()), point)
+        self._curves[trial.number] = curve
+        others = [self._trials[n].model_copy(update={"curve": c}) for n, c in self._curves.items() if n != trial.number]
+        said = stopping.decide(
+            self._rule, self._options, [*self._remembered, *others], trial.model_copy(update={"curve": curve}), self.spec.targets
+        )
+        if said:
+            self._behind[trial.number] = said
+        return said
+
     def _propose(self) -> Trial | None:
         number = max(self._trials, default=-1) + 1
         params, recipe, origin = self._next_point(number)
         if params is None:
             return None
-        verdict = gate.judge(recipe, self._shape, self.spec.limits, self.spec.resources, self._tokens_per_row)
+        verdict = self._judge(params, recipe)
         trial = Trial(number=number, params=params, recipe=verdict.recipe, origin=origin, started=self._clock())
         if verdict.refusal:
             outcome = Outcome(ended="infeasible", reason=verdict.refusal, share=0, peak_bytes=verdict.predicted)
-            return with_state(
-                trial.model_copy(update={"attempts": 0}), "infeasible", outcome, f"refused before launch: {verdict.refusal}"
-            )
+            refused, why = trial.model_copy(update={"attempts": 0}), f"refused before launch: {verdict.refusal}"
+            return with_state(refused, "infeasible", outcome, why, at=self._clock())
         return trial
 
     def _next_point(self, number: int):
         """Returns (params, recipe, origin): first the defaults, then the user's points, then the algorithm's."""
-        spec = self.spec
-        if number == 0:
+        spec, resolve = self.spec, self._resolve or (lambda params: self.spec.space.resolve(params, self.spec.recipe))
+        if number == 0 and self._resolve is None:
             return spec.space.project(spec.recipe) or {}, spec.recipe, "defaults"
         if self._inbox.points:
             params = self._inbox.points[0].data["params"]
-            return params, spec.space.resolve(params, spec.recipe), ORIGIN
+            return params, resolve(params), ORIGIN
         tried = {space.key(trial.params) for trial in self._trials.values()}
         for point in spec.start:
             if space.key(point) not in tried:
-                return point, spec.space.resolve(point, spec.recipe), "start"
+                return point, resolve(point), "start"
         history = [trial for trial in self.trials if spec.space.contains(trial.params)]
         rng = random.Random(f"{spec.seed}:{number}")
         suggest = algorithms.load(spec.algorithm.name)
         params = suggest(spec.space, spec.targets, history, rng, **spec.algorithm.options)
         if params is None:
             return None, None, ""
-        return params, spec.space.resolve(params, spec.recipe), spec.algorithm.name
+        return params, resolve(params), spec.algorithm.name
 
     def _relaunch(self, trial: Trial, error: str) -> Trial | None:
         again = trial.model_copy(update={"attempts": trial.attempts + 1, "started": self._clock()})
         if trial.attempts > self.spec.budget.retries:
-            self._finish(with_state(trial, "failed", None, f"launched {trial.attempts} times, last: {error}"))
+            why = f"launched {trial.attempts} times, last: {error}"
+            self._finish(with_state(trial, "failed", None, why, at=self._clock()))
             return self.ask()
         self._trials[trial.number] = again
+        self._behind.pop(trial.number, None)
         self.store.start_trial(self.study.id, again)
+        if self._rule != "none":
+            self._curves.pop(trial.number, None)
+            self._recall()  # what the record counts as its curve now
         self.store.add_event(self.study.id, "relaunched", number=trial.number, attempt=again.attempts, error=error)
         return again
 
     def _finish(self, trial: Trial) -> Trial:
         self.shares.pop(trial.number, None)
+        curve = self._curves.pop(trial.number, ())
         if self.store.finish_trial(self.study.id, trial):
             self._trials[trial.number] = trial
+            if self._rule != "none":
+                ended = [*self._remembered, trial.model_copy(update={"curve": curve})]
+                self._remembered = stopping.remember(self._rule, ended, self.spec.targets)
         else:
             self.store.add_event(self.study.id, "late result refused", number=trial.number, state=trial.state)
         return self._trials[trial.number]

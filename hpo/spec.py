@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from hpo import algorithms, objectives
+from hpo import algorithms, objectives, stopping
 from hpo.errors import NotFound, Problem, SpecError, nearest, rule_of
 from hpo.space import Params, Space, problems
 from serving.endpoint import EngineSettings
@@ -38,6 +38,15 @@ class Algorithm(Frozen):
     """Which search algorithm, with its options."""
 
     name: str = "bayes"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Stopping(Frozen):
+    """Which rule ends trials that have nothing left to win, with its options."""
+
+    name: Literal["none", "front", "asha", "fixed"] = Field(
+        "none", description="front: its optimistic end is dominated; asha: successive halving; fixed: judged at one share"
+    )
     options: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -96,6 +105,7 @@ class Spec(Frozen):
     objectives: tuple[str, ...] = Field(("accuracy", "seconds", "peak_bytes"), min_length=1)
     limits: Limits = Limits()
     algorithm: Algorithm = Algorithm()
+    stopping: Stopping = Stopping()
     budget: Budget = Budget()
     resources: Resources = Resources()
     promote: Promote = Promote()
@@ -288,7 +298,7 @@ def _set(raw: dict, item: str) -> None:
     *parents, last = path.split(".")
     for name in parents:
         child = raw.setdefault(name, {})
-        if isinstance(child, str) and name in ("space", "algorithm"):  # a name stands for a mapping: open it
+        if isinstance(child, str) and name in ("space", "algorithm", "stopping"):  # a name stands for a mapping: open it
             child = raw[name] = _space_named(child) if name == "space" else {"name": child}
         if not isinstance(child, dict):
             raise SpecError(Problem(f"--set {item}", f"{name} is no mapping.", "Name a field that exists."))
@@ -324,11 +334,12 @@ def build(raw: dict[str, Any], folder: Path) -> Spec:
     """
     raw = dict(raw)
     found: list[Problem] = []
-    if isinstance(raw.get("algorithm"), str):
-        raw["algorithm"] = {"name": raw["algorithm"]}
-    elif isinstance(raw.get("algorithm"), dict) and "options" not in raw["algorithm"]:
-        options = {name: value for name, value in raw["algorithm"].items() if name != "name"}
-        raw["algorithm"] = {"name": raw["algorithm"].get("name", "bayes"), "options": options}
+    for section, model in (("algorithm", Algorithm), ("stopping", Stopping)):
+        if isinstance(raw.get(section), str):
+            raw[section] = {"name": raw[section]}
+        elif isinstance(raw.get(section), dict) and "options" not in raw[section]:
+            options = {name: value for name, value in raw[section].items() if name != "name"}
+            raw[section] = {"name": raw[section].get("name", model().name), "options": options}
     if isinstance(raw.get("space"), str):
         try:
             raw["space"] = _space_named(raw["space"])
@@ -472,6 +483,7 @@ _EXAMPLES = {
     "start": "For example start: [{rank: 8}], with every dimension of the space.",
     "objectives": "For example objectives: [accuracy, seconds].",
     "algorithm": "For example algorithm: bayes.",
+    "stopping": "For example stopping: front.",
     "budget": "For example budget: {trials: 30}.",
     "resources": "For example resources: {workers: 1}.",
     "evaluation": "For example evaluation: {rows: 200}.",
@@ -491,6 +503,8 @@ def _cross_checks(spec: Spec, broken: frozenset[str] = frozenset()) -> list[Prob
     found += training_data.template_problems(spec.data)
     found += _objective_problems(spec)
     found += _algorithm_problems(spec)
+    said = stopping.check_options(spec.stopping.name, spec.stopping.options)
+    found += [Problem(f"stopping.{option}", f"{rule}.", "") for option, rule in said]
     for i, point in enumerate(() if touches(broken, "space") else spec.start):
         found += _start_problems(spec, f"start[{i}]", point)
     workers = spec.resources.workers

@@ -29,7 +29,7 @@ from hpo.spec import Spec
 from hpo.trial import FINAL, CurvePoint, State, Trial
 from training.recipe import Outcome
 
-VERSION = 2  # of the tables; an older database is brought up to it, a newer one is refused, never half understood
+VERSION = 3  # of the tables; an older database is brought up to it, a newer one is refused, never half understood
 LEASE = 30.0  # seconds a run may be silent before another process on another machine may take its study over
 BUSY = 30.0  # seconds to wait for a locked database
 # Said first in a transaction that must not meet another one of its kind.
@@ -72,6 +72,18 @@ _events = sa.Table(
     sa.Column("at", sa.Float, nullable=False),
     sa.Column("kind", sa.String(40), nullable=False),
     sa.Column("data", sa.Text, nullable=False),
+)  # fmt: skip
+# Since version 3: the order in which things became known, one row in the transaction of each write, so that a study can be
+# derived again from what it knew. `said` is the reason that a stopping rule gave to a report.
+_journal = sa.Table(
+    "journal", _meta,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("study", sa.ForeignKey("studies.id"), nullable=False, index=True),
+    sa.Column("kind", sa.String(12), nullable=False),
+    sa.Column("number", sa.Integer),
+    sa.Column("attempt", sa.Integer),
+    sa.Column("step", sa.Integer),
+    sa.Column("said", sa.Text),
 )  # fmt: skip
 # Since version 2.
 _promotions = sa.Table(
@@ -274,7 +286,9 @@ class Store:
         """Adds a trial, or starts one again that is still running by the record (another attempt)."""
         with self._begin() as db:
             if self._update(db, study, trial):
+                _note(db, study, "launch", number=trial.number, attempt=trial.attempts)
                 return
+            _note(db, study, "suggest", number=trial.number, attempt=trial.attempts)
             values = {
                 "study": study,
                 "number": trial.number,
@@ -286,19 +300,23 @@ class Store:
     def finish_trial(self, study: int, trial: Trial) -> bool:
         """Keeps a trial's final state; returns False, and changes nothing, where it already had one."""
         with self._begin() as db:
-            return self._update(db, study, trial)
+            kept = self._update(db, study, trial)
+            if kept:
+                _note(db, study, "finish", number=trial.number, attempt=trial.attempts)
+            return kept
 
     def _update(self, db: sa.Connection, study: int, trial: Trial) -> bool:
         running = sa.and_(_trials.c.study == study, _trials.c.number == trial.number, _trials.c.state.not_in(FINAL))
         values = {"state": trial.state, "trial": trial.model_dump_json(exclude={"curve"})}
         return db.execute(_trials.update().where(running).values(**values)).rowcount == 1
 
-    def add_point(self, study: int, number: int, attempt: int, point: CurvePoint) -> None:
-        """Keeps one report of a trial; a report of the same step is replaced."""
+    def add_point(self, study: int, number: int, attempt: int, point: CurvePoint, said: str | None = None) -> None:
+        """Keeps one report of a trial, and what a stopping rule said to it; a report of the same step is replaced."""
         key = {"study": study, "number": number, "attempt": attempt, "step": point.step}
         with self._begin() as db:
             db.execute(_points.delete().where(*(_points.c[name] == value for name, value in key.items())))
             db.execute(_points.insert().values(**key, point=point.model_dump_json()))
+            _note(db, study, "report", number=number, attempt=attempt, step=point.step, said=said)
 
     # Events
 
@@ -321,6 +339,19 @@ class Store:
         with self._begin() as db:
             rows = db.execute(chosen).all()
         return [{"id": row.id, "at": row.at, "kind": row.kind, **json.loads(row.data)} for row in rows]
+
+    def note(self, study: int, kind: str, *, number: int | None = None, said: str | None = None) -> None:
+        """Appends to the order in which things became known what no write of a trial tells."""
+        with self._begin() as db:
+            _note(db, study, kind, number=number, said=said)
+
+    def journal(self, study: int) -> list[dict[str, Any]]:
+        """Returns the order in which things became known: `kind` (suggest, launch, report, ...), number, attempt, step, said."""
+        with self._begin() as db:
+            if not sa.inspect(db).has_table(_journal.name):  # written by an older version, and only read by this one
+                return []
+            rows = db.execute(sa.select(_journal).where(_journal.c.study == study).order_by(_journal.c.id)).mappings().all()
+        return [{name: row[name] for name in ("kind", "number", "attempt", "step", "said")} for row in rows]
 
     # Promotions and models
 
@@ -466,6 +497,10 @@ class Holder:
                 raise StudyBusy("Another process has taken this study over; this one stops.")
 
 
+def _note(db: sa.Connection, study: int, kind: str, **known: Any) -> None:
+    db.execute(_journal.insert().values(study=study, kind=kind, **known))
+
+
 def _version(db: sa.Connection) -> int | None:
     return db.scalar(sa.select(_about.c.version)) if sa.inspect(db).has_table(_about.name) else None
 
@@ -507,9 +542,12 @@ def _alive(holder: dict, seen: float) -> bool:
     return time.time() - seen < LEASE
 
 
-def with_state(trial: Trial, state: State, outcome: Outcome | None = None, error: str | None = None) -> Trial:
-    """Returns the trial in a final state, finished now."""
-    return trial.model_copy(update={"state": state, "outcome": outcome, "error": error, "finished": time.time()})
+def with_state(
+    trial: Trial, state: State, outcome: Outcome | None = None, error: str | None = None, *, at: float | None = None
+) -> Trial:
+    """Returns the trial in a final state, finished at a time (default: now)."""
+    finished = time.time() if at is None else at
+    return trial.model_copy(update={"state": state, "outcome": outcome, "error": error, "finished": finished})
 
 
 def open_store(storage: str, database: str | None = None, *, create: bool = True) -> Store:

@@ -20,12 +20,13 @@ RESULTS: tuple[State, ...] = ("complete", "stopped", "infeasible", "diverged")
 
 
 class CurvePoint(Frozen):
-    """What a trial reported on its way: `share` of its own length done, tokens and training seconds so far, metrics."""
+    """What a trial reported on its way: `share` of its own length, tokens, seconds, peak bytes so far, metrics."""
 
     share: float
     step: int
     tokens: int
     seconds: float
+    peak_bytes: int | None = None
     metrics: dict[str, float]
 
 

@@ -150,7 +150,7 @@ def _steps(job: Job, report: Report, run: Run, planned: Plan, rows: Tokenized, s
             if not math.isfinite(ledger.metrics["loss"]):
                 raise _End("diverged", f"the validation loss became {ledger.metrics['loss']} at step {ledger.step}")
         stop = report(Progress(step=ledger.step, steps=planned.steps, tokens=ledger.tokens, share=ledger.step / planned.steps,
-                               seconds=ledger.watch.seconds, metrics=metrics))  # fmt: skip
+                               seconds=ledger.watch.seconds, peak_bytes=ledger.peak, metrics=metrics))  # fmt: skip
         stop = run.world.agree(stop)
         if stop and ledger.step < planned.steps:
             raise _End("stopped", stop)

@@ -219,13 +219,14 @@ class Job(Frozen):
 
 
 class Progress(Frozen):
-    """One report from inside the loop. `share` is the part of the trial's own length that is done (0..1]."""
+    """One report from inside the loop. `share` is the part of the trial's own length that is done (0..1]; `peak_bytes` so far."""
 
     step: int
     steps: int
     tokens: int
     share: float
     seconds: float
+    peak_bytes: int | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
 
 

@@ -31,6 +31,7 @@ def train(job: Job, report: Report) -> Outcome:
     activations = 900_000 * recipe.batch_size * (0.35 if recipe.gradient_checkpointing else 1)
     peak = int(4e6 * recipe.bits / 32 + 1e6 + 9_000 * recipe.rank * 16 + activations)
     steps = max(4, job.evaluation.reports)
+    fixed = {"trainable": 9_000 * recipe.rank, "conditions": {"device": "simulated", "workers": 1}}
     if job.limits.peak_bytes is not None and peak > job.limits.peak_bytes:
         return Outcome(
             ended="infeasible",
@@ -45,10 +46,10 @@ def train(job: Job, report: Report) -> Outcome:
         accuracy = final * (1 - math.exp(-3 * share)) / (1 - math.exp(-3))
         metrics = {"accuracy": accuracy, "loss": -math.log(max(accuracy, 0.01))}
         stop = report(
-            Progress(step=step, steps=steps, tokens=int(tokens * share), share=share, seconds=seconds * share, metrics=metrics)
+            Progress(step=step, steps=steps, tokens=int(tokens * share), share=share, seconds=seconds * share,
+                     peak_bytes=peak, metrics=metrics)
         )
         if stop and step < steps:
             return Outcome(ended="stopped", reason=stop, share=share, scores={"accuracy": accuracy}, loss=metrics["loss"],
-                           seconds=seconds * share, peak_bytes=peak, tokens=int(tokens * share))  # fmt: skip
-    return Outcome(scores={"accuracy": final}, loss=metrics["loss"], seconds=seconds, peak_bytes=peak, tokens=tokens,
-                   trainable=9_000 * recipe.rank, conditions={"device": "simulated", "workers": 1})  # fmt: skip
+                           seconds=seconds * share, peak_bytes=peak, tokens=int(tokens * share), **fixed)  # fmt: skip
+    return Outcome(scores={"accuracy": final}, loss=metrics["loss"], seconds=seconds, peak_bytes=peak, tokens=tokens, **fixed)
