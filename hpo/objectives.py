@@ -6,11 +6,12 @@ Owns: `Objective`, the built-in ones, the loss vector of a trial. Must not know:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from hpo.trial import Trial
+from training.metrics import METRICS
 from training.recipe import Outcome
 
 ADAPTER_BYTES = 4  # an adapter is kept and trained in fp32
@@ -61,13 +62,19 @@ BUILT_IN: dict[str, Objective] = {
         Objective("device_hours", "minimize", "h", _device_hours),
         Objective("adapter_bytes", "minimize", "bytes", _adapter_bytes),
         Objective("tokens_per_second", "maximize", "tokens/s", _throughput),
+        *(Objective(name, metric.goal, "", _score(name)) for name, metric in METRICS.items()),
     )
 }
 
 
-def named(names: Sequence[str]) -> tuple[Objective, ...]:
-    """Returns the objectives of these names, each built in or a score of the task by that name."""
-    return tuple(BUILT_IN.get(name) or Objective(name, "maximize", "", _score(name)) for name in names)
+def named(names: Sequence[str], goals: Mapping[str, Literal["maximize", "minimize"]] | None = None) -> tuple[Objective, ...]:
+    """Returns the objectives of these names, each built in or a score by that name: a user's metric, or one of the task.
+
+    Args:
+        goals: of the user's metrics; of another score more is better.
+    """
+    known = goals or {}
+    return tuple(BUILT_IN.get(name) or Objective(name, known.get(name, "maximize"), "", _score(name)) for name in names)
 
 
 def losses(trial: Trial, objectives: Sequence[Objective]) -> list[float] | None:

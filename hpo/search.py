@@ -323,6 +323,6 @@ def job_of(trial: Trial, spec: Spec, data: DataConfig) -> Job:
     if "model" not in spec.space.root:  # a submitted job may find the model's folder elsewhere each time
         recipe = recipe.model_copy(update={"model": spec.recipe.model})
     return Job(
-        recipe=recipe, data=data, evaluation=spec.evaluation, resources=spec.resources, limits=spec.limits,
+        recipe=recipe, data=data, evaluation=spec.scoring, resources=spec.resources, limits=spec.limits,
         output=str(spec.folder / "trials" / f"{trial.number:05d}"), cache=str(spec.folder / "cache"),
     )  # fmt: skip

@@ -18,13 +18,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from hpo import algorithms, objectives, stopping
+from hpo import algorithms, extensions, objectives, stopping
 from hpo.errors import NotFound, Problem, SpecError, nearest, rule_of
 from hpo.space import Params, Space, problems
 from serving.endpoint import EngineSettings
 from serving.endpoint import Limits as ServingLimits
 from training import data as training_data
-from training.recipe import DataConfig, EvaluationConfig, Frozen, Limits, Number, Recipe, Resources, Whole
+from training import metrics
+from training.recipe import DataConfig, EvaluationConfig, Frozen, Limits, Number, Recipe, Resources, Whole, one_of
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 DATABASE = re.compile(r"[a-z0-9]+(\+[a-z0-9_]+)?://.*")
@@ -67,6 +68,9 @@ class Promote(Frozen):
     precision: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="that is served; default: the recipe's")
     accuracy: Number = Field(0, ge=0, le=1, description="least accuracy on the test rows; below it a model is not deployed")
     gain: Number = Field(0, ge=-1, le=1, description="the gain over the untuned base must be above this, on the test rows")
+    retention: Number | None = Field(
+        None, ge=0, description="largest relative rise of the perplexity on evaluation.retention that may be deployed"
+    )
 
     @field_validator("model")
     @classmethod
@@ -110,7 +114,9 @@ class Spec(Frozen):
     resources: Resources = Resources()
     promote: Promote = Promote()
     serving: Serving = Serving()
-    train: Literal["loop", "simulated"] = Field("loop", description="loop trains; simulated computes a closed form")
+    train: one_of(lambda: ["loop", "simulated"]) = Field(
+        "loop", description="loop trains; simulated computes a closed form; or module:function of one's own"
+    )
     seed: Whole = Field(0, ge=0, le=2**31 - 1)
 
     @field_validator("name")
@@ -144,7 +150,14 @@ class Spec(Frozen):
     @property
     def targets(self) -> tuple[objectives.Objective, ...]:
         """The objectives themselves."""
-        return objectives.named(self.objectives)
+        return objectives.named(self.objectives, extensions.goals(self))
+
+    @property
+    def scoring(self) -> EvaluationConfig:
+        """How trials are scored: an objective that is a metric is measured whether or not it is listed as one."""
+        listed = self.evaluation.metrics
+        more = [name for name in self.objectives if name in metrics.METRICS and name not in listed]
+        return self.evaluation.model_copy(update={"metrics": (*listed, *more)})
 
     @property
     def folder(self) -> Path:
@@ -173,12 +186,13 @@ def bundled(kind: str) -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def load(source: str | Path | Mapping[str, Any], sets: Sequence[str] = ()) -> Loaded:
+def load(source: str | Path | Mapping[str, Any], sets: Sequence[str] = (), *, also: Sequence[str] = ()) -> Loaded:
     """Returns a study from a bundled name, a path, or a dict.
 
     Args:
         source: `quickstart`, `my/study.yaml`, or the parsed content.
         sets: overrides as `path.in.file=value`, the value in YAML.
+        also: metrics that were arguments, added to those of the study.
 
     Raises:
         NotFound: no such bundled study and no such file.
@@ -192,6 +206,7 @@ def load(source: str | Path | Mapping[str, Any], sets: Sequence[str] = ()) -> Lo
         raw = parse(text, where)
     for item in sets:
         _set(raw, item)
+    _add_metrics(raw, also)
     written = _plain(raw)
     return Loaded(build(raw, folder), written, where)
 
@@ -315,6 +330,12 @@ def value_of(text: str, where: str) -> Any:
         return value
 
 
+def _add_metrics(raw: dict, also: Sequence[str]) -> None:
+    section = raw.setdefault("evaluation", {}) if also else None
+    if isinstance(section, dict) and isinstance(listed := section.setdefault("metrics", []), list):
+        listed += [name for name in also if name not in listed]
+
+
 def _space_named(name: str) -> dict:
     known = bundled("spaces")
     if name not in known:
@@ -419,6 +440,9 @@ def _anchor(raw: dict, folder: Path) -> None:
         expanded = _expanded(model)
         if model and model != "embedded" and (model.startswith((".", "~", "$")) or (folder / expanded).is_dir()):
             raw["recipe"] = raw["recipe"] | {"model": str(folder / expanded)}
+    if isinstance(raw.get("evaluation"), dict) and isinstance(text := raw["evaluation"].get("retention"), str):
+        if text and not text.startswith((training_data.EMBEDDED, training_data.HUB)):
+            raw["evaluation"] = raw["evaluation"] | {"retention": str(folder / _expanded(text))}
 
 
 def _model_at(path: Sequence[str | int]) -> type[BaseModel]:
@@ -487,6 +511,7 @@ _EXAMPLES = {
     "budget": "For example budget: {trials: 30}.",
     "resources": "For example resources: {workers: 1}.",
     "evaluation": "For example evaluation: {rows: 200}.",
+    "evaluation.metrics": "For example metrics: [perplexity, rouge_l].",
     "limits": "For example limits: {peak_bytes: 8000000000}.",
     "promote": "For example promote: {accuracy: 0.9}.",
     "serving": "For example serving: {engine: {replicas: 2}}.",
@@ -500,7 +525,10 @@ def _cross_checks(spec: Spec, broken: frozenset[str] = frozenset()) -> list[Prob
     found = [Problem(f"space.{where}", f"{_plainly(said)}.", _remedy(spec, where)) for where, said in wrong]
     if not len(spec.space):
         found.append(Problem("space", "has no dimension.", "Name at least one field of the recipe with its range."))
-    found += training_data.template_problems(spec.data)
+    own_problems = extensions.problems(spec)
+    found += own_problems
+    if not any(problem.where == "data.task" for problem in own_problems):
+        found += training_data.template_problems(spec.data)
     found += _objective_problems(spec)
     found += _algorithm_problems(spec)
     said = stopping.check_options(spec.stopping.name, spec.stopping.options)
@@ -574,11 +602,11 @@ def _step(dimension: Any) -> int:
 
 
 def _objective_problems(spec: Spec) -> list[Problem]:
-    found = []
+    found, known = [], extensions.scores(spec)
     for i, name in enumerate(spec.objectives):
-        if name not in objectives.BUILT_IN:
+        if name not in known:
             found.append(Problem(f"objectives[{i}]", f"unknown objective {name!r}.",
-                                 f"{nearest(name, objectives.BUILT_IN)}Known: {', '.join(objectives.BUILT_IN)}."))  # fmt: skip
+                                 f"{nearest(name, known)}Known: {', '.join(known)}."))  # fmt: skip
     if len(set(spec.objectives)) < len(spec.objectives):
         found.append(Problem("objectives", f"must differ, got {list(spec.objectives)}.", "Remove the repeated one."))
     return found

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from training import own
+from training.errors import wrong
 from training.model import OUTPUT_HEADS, match
 from training.recipe import Recipe
 
@@ -48,7 +50,22 @@ def attach(model, recipe: Recipe, shape, *, steps: int = 1):
     import torch
 
     torch.manual_seed(recipe.seed)
-    return ADAPTERS[recipe.adapter].attach(model, recipe, sorted(match(recipe.targets, shape)), steps)
+    return method_of(recipe.adapter).attach(model, recipe, sorted(match(recipe.targets, shape)), steps)
+
+
+def method_of(name: str) -> Method:
+    """Returns a method by its name, or a user's own.
+
+    Raises:
+        InputError: it cannot be imported, or is no Method.
+    """
+    if name in ADAPTERS:
+        return ADAPTERS[name]
+    method = own.load(name, "recipe.adapter")
+    if not isinstance(method, Method):
+        raise wrong("recipe.adapter", f"{name} must be a Method, got {type(method).__name__}.",
+                    "Make it training.adapters.Method(attach=...).")  # fmt: skip
+    return method
 
 
 def start_rank(recipe: Recipe) -> int:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from training import checkpoint, evaluate, stability
+from training import checkpoint, evaluate, metrics, stability
 from training.data import Prepared, Tokenized, prepare, read, sample
 from training.errors import wrong
 from training.meter import Stopwatch, gemm_seconds
@@ -115,7 +115,7 @@ def _train(job: Job, report: Report, world: World, device: str, ledger: _Ledger)
     ledger.trainable = sum(p.numel() for p in run.parameters)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    _steps(job, report, run, planned, rows, lambda: _score(run, held_out, prepared, job, ledger), ledger)
+    _steps(job, report, run, planned, rows, lambda: _score(run, held_out, prepared, tokenizer, job, ledger), ledger)
     folder = None
     if job.output and world.rank == 0:
         record = {"recipe": recipe.model_dump(mode="json"), "tokens": ledger.tokens, "metrics": ledger.metrics}
@@ -170,14 +170,19 @@ def _check_limit(limit: float | None, value: float | None, name: str) -> None:
         raise _End("infeasible", f"{value:,.6g} {name} are over the limit of {limit:,.6g}")
 
 
-def _score(run: Run, held_out: Tokenized, prepared: Prepared, job: Job, ledger: _Ledger) -> dict[str, float]:
-    world = run.world
-    mine = Tokenized(held_out.ids[world.rank :: world.size], held_out.prompt_lengths[world.rank :: world.size])
-    with computing(job.recipe.precision, run.device):
-        scores = evaluate.score_rows(run.inner, mine, prepared, job) if len(mine) else {"nll": [], "tokens": [], "right": []}
+def _score(run: Run, held_out: Tokenized, prepared: Prepared, tokenizer, job: Job, ledger: _Ledger) -> dict[str, float]:
+    world, wanted, own = run.world, metrics.chosen(job.evaluation.metrics), evaluate.own_scores(job)
+    part = slice(world.rank, None, world.size)
+    mine = Tokenized(held_out.ids[part], held_out.prompt_lengths[part])
+    answered = evaluate.chosen_rows(len(held_out), job.evaluation.answers)[part]
+    limit = evaluate.answer_limit(job.evaluation, held_out)
+    scores = {name: [] for name in ("nll", "tokens", "right", *own, *wanted)}
+    if len(mine):
+        with computing(job.recipe.precision, run.device):
+            scores |= evaluate.score_rows(run.inner, mine, prepared, job, tokenizer=tokenizer, answered=answered, limit=limit)
     scores = world.gather(scores)
     ledger.conditions["right"] = evaluate.pack_bits(scores["right"])
-    return evaluate.summary(scores)
+    return evaluate.summary(scores, wanted, own)
 
 
 def _device_name(device: str) -> str:

@@ -12,7 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
+from pydantic_core import PydanticCustomError
+
+from training import own
 
 
 def _no_boolean(value: Any) -> Any:
@@ -23,6 +26,30 @@ def _no_boolean(value: Any) -> Any:
 
 Number = Annotated[float, BeforeValidator(_no_boolean)]
 Whole = Annotated[int, BeforeValidator(_no_boolean)]
+
+
+def _methods() -> list[str]:
+    from training.adapters import ADAPTERS
+
+    return list(ADAPTERS)
+
+
+def _tasks() -> list[str]:
+    from training.tasks import NAMES
+
+    return list(NAMES)
+
+
+def one_of(names: Callable[[], list[str]]) -> Any:
+    """Returns the type of a name out of a registry, which is read when a value is checked, or of something of the user's own."""
+
+    def check(value: str) -> str:
+        if value not in (known := names()) and not own.is_own(value):
+            expected = f"{', '.join(map(repr, known))} or module:attribute"
+            raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
+        return value
+
+    return Annotated[str, AfterValidator(check)]
 
 
 class Frozen(BaseModel):
@@ -41,10 +68,10 @@ class Recipe(Frozen):
 
     model: str = Field("embedded", min_length=1, description="`embedded`, a local folder, or a Hugging Face id")
     revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
-    adapter: Literal["lora", "rslora", "dora", "adalora", "full"] = Field(
+    adapter: one_of(_methods) = Field(
         "lora",
         description="lora (Hu et al. 2021), rslora (Kalajdzievski 2023), dora (Liu et al. 2024), adalora (Zhang et al. 2023), "
-        "or full: no adapter, all weights are trained",
+        "full: no adapter, all weights are trained; or module:NAME of a `training.adapters.Method`",
     )
     rank: Whole = Field(16, ge=1, le=4096, description="inner dimension of each adapter; adalora: the mean that it comes to")
     alpha: Number = Field(32, gt=0, le=65536, description="adapter output is scaled by alpha / rank (rslora: / sqrt(rank))")
@@ -124,7 +151,9 @@ class DataConfig(Frozen):
     validation: str | None = Field(None, description="rows that the search scores on; default: a seeded tenth of train")
     test: str | None = Field(None, description="rows that no trial sees; default: another seeded tenth of train")
     format: Literal["jsonl", "csv", "json", "parquet", "arrow"] | None = Field(None, description="default: from the file name")
-    task: Literal["instruction", "classification", "completion", "chat"] = "instruction"
+    task: one_of(_tasks) = Field(
+        "instruction", description="instruction, classification, completion, chat; or module:NAME of a task of one's own"
+    )
     columns: dict[str, str] = Field(
         default_factory=dict, description="our name -> the file's (instruction, input, response, text, label, messages, system)"
     )
@@ -151,6 +180,14 @@ class DataConfig(Frozen):
         return self.model_dump(exclude={"train", "validation", "test"} | later)
 
 
+class OwnMetric(Frozen):
+    """A user's metric where it needs more than its function: a name of its own, or a goal."""
+
+    name: str = Field(pattern=r"[A-Za-z_]\w*", description="of the score")
+    function: str = Field(pattern=own.NAME.pattern, description="module:function, (answer, expected, prompt) -> number")
+    goal: Literal["maximize", "minimize"] = "maximize"
+
+
 class EvaluationConfig(Frozen):
     """How a trained model is scored."""
 
@@ -158,6 +195,14 @@ class EvaluationConfig(Frozen):
     test_rows: Whole = Field(1000, ge=1, description="at most so many test rows")
     batch_size: Whole = Field(32, ge=1, description="rows per forward")
     reports: Whole = Field(4, ge=1, le=1000, description="scored points on a trial's curve, the last one included")
+    metrics: tuple[str | OwnMetric, ...] = Field(
+        (), description="scores of trials beside accuracy and loss: perplexity, rouge_l, ..., or module:function"
+    )
+    answers: Whole = Field(200, ge=1, description="held-out rows that are answered in words, where a metric looks at answers")
+    max_new_tokens: Whole = Field(128, ge=1, le=100_000, description="longest answer")
+    retention: str | None = Field(
+        None, min_length=1, description="general text (rows with `text`) that the winner must not forget; embedded:general.jsonl"
+    )
 
 
 class Resources(Frozen):

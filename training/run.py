@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 
 from training import evaluate, optimizers, zero
-from training.adapters import ADAPTERS, attach
+from training.adapters import attach, method_of
 from training.data import Tokenized
 from training.errors import wrong
 from training.meter import count_bytes
@@ -63,7 +63,7 @@ class Run:
                 depend on how rows are cut into forwards and workers.
         """
         optimizers.set_rate(self.optimizer, lr)
-        penalty = ADAPTERS[self.recipe.adapter].penalty
+        penalty = method_of(self.recipe.adapter).penalty
         total = 0.0
         for i, chunk in enumerate(chunks):
             last = i == len(chunks) - 1
@@ -105,7 +105,7 @@ class Run:
         if math.isfinite(norm):
             self.optimizer.step()
             self.done += 1
-            if (stepped := ADAPTERS[self.recipe.adapter].stepped) is not None:
+            if (stepped := method_of(self.recipe.adapter).stepped) is not None:
                 stepped(self.inner, self.done)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.update()

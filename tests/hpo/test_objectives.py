@@ -8,6 +8,7 @@ import pytest
 
 from hpo.objectives import BUILT_IN, losses, named
 from hpo.trial import Trial
+from training.metrics import METRICS
 from training.recipe import Outcome, Recipe
 
 OUTCOME = Outcome(
@@ -21,8 +22,14 @@ EXPECTED = {
 
 
 def test_every_built_in_objective_is_read_and_turned_into_something_to_minimise():
-    assert {name: (o.of(OUTCOME), o.loss(OUTCOME)) for name, o in BUILT_IN.items()} == EXPECTED
+    assert {name: (o.of(OUTCOME), o.loss(OUTCOME)) for name, o in BUILT_IN.items() if name not in METRICS} == EXPECTED
     assert all(objective.name == name for name, objective in BUILT_IN.items())
+
+
+def test_every_metric_is_a_score_by_its_name_of_which_more_is_better_but_for_perplexities():
+    outcome = OUTCOME.model_copy(update={"scores": dict.fromkeys(METRICS, 3.0)})
+    signs = {name: BUILT_IN[name].loss(outcome) / 3 for name in METRICS}
+    assert signs == {name: 1 if name.startswith("perplexity") else -1 for name in METRICS}
 
 
 def test_what_was_never_measured_is_missing():
@@ -41,9 +48,10 @@ def test_no_time_is_no_throughput():
     assert BUILT_IN["tokens_per_second"].loss(OUTCOME.model_copy(update={"seconds": 0.0})) is None
 
 
-def test_a_name_that_is_not_built_in_is_a_score_to_maximise():
-    (f1,) = named(["f1"])
-    assert (f1.goal, f1.loss(OUTCOME)) == ("maximize", -0.5)
+def test_a_name_that_is_not_built_in_is_a_score_to_maximise_unless_its_goal_is_told():
+    outcome = OUTCOME.model_copy(update={"scores": {"own": 0.5}})
+    (more,), (less,) = named(["own"]), named(["own"], {"own": "minimize"})
+    assert (more.goal, more.loss(outcome), less.goal, less.loss(outcome)) == ("maximize", -0.5, "minimize", 0.5)
 
 
 def test_a_trial_has_all_its_losses_or_none():

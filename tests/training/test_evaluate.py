@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from training import evaluate, schedule
-from training.data import Tokenized, prepare, read
+from training import evaluate, metrics, schedule
+from training.data import Prepared, Tokenized, prepare, read
 from training.model import describe, load_model, load_tokenizer
-from training.recipe import Recipe
+from training.recipe import EvaluationConfig, Recipe
 from training.run import set_up
 from training.world import World
 
@@ -124,3 +124,57 @@ def test_the_summary_weighs_tokens_and_rows():
     found = evaluate.summary({"right": [1.0, 0.0], "nll": [math.log(2), 3 * math.log(2)], "tokens": [1, 3]})
     assert found == {"accuracy": 0.5, "loss": pytest.approx(math.log(2))}
     assert evaluate.pack_bits([1.0, 0.0, 1.0]) == "101"
+
+
+def test_prompts_are_scored_as_a_plain_computation_does(model, held_out):
+    nll, tokens = evaluate.prompt_scores(model, held_out, batch_size=5)
+    for i in (0, 3, 9):
+        length = held_out.prompt_lengths[i]
+        expected = by_hand(model, held_out.ids[i][:length], 0)
+        assert (nll[i], tokens[i]) == (pytest.approx(expected[0], abs=1e-3), expected[1])
+    bare = Tokenized([held_out.ids[0], held_out.ids[1]], [0, 1])
+    assert evaluate.prompt_scores(model, bare, batch_size=2) == ([0.0, 0.0], [0, 0])
+
+
+def test_prompt_and_response_together_are_the_whole_row(model, held_out, make_job, tokenizer):
+    job = make_job(evaluation=EvaluationConfig(metrics=("perplexity", "perplexity_prompt", "perplexity_response")))
+    found = evaluate.summary(
+        evaluate.score_rows(model, held_out, Prepared(held_out, held_out, held_out), job), metrics.chosen(job.evaluation.metrics)
+    )
+    rows = [by_hand(model, ids, 0) for ids in held_out.ids]
+    assert found["perplexity"] == pytest.approx(math.exp(sum(r[0] for r in rows) / sum(r[1] for r in rows)), rel=1e-4)
+    assert found["perplexity_response"] == pytest.approx(math.exp(found["loss"]))
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 16])
+def test_answers_do_not_depend_on_the_batch_and_stop_at_the_limit(model, held_out, tokenizer, batch_size):
+    found = evaluate.greedy_answers(model, held_out, tokenizer, limit=12, batch_size=batch_size)
+    assert found == evaluate.greedy_answers(model, held_out, tokenizer, limit=12, batch_size=3)
+    assert len(set(map(len, found))) > 1
+    short = evaluate.greedy_answers(model, held_out, tokenizer, limit=2, batch_size=batch_size)
+    assert all(whole.startswith(text) for whole, text in zip(found, short, strict=True)) and short != found
+
+
+def test_only_the_chosen_rows_are_answered_and_the_choice_is_the_same_each_time(model, held_out, make_job, tokenizer):
+    job = make_job(evaluation=EvaluationConfig(metrics=("rouge_l", "accuracy_generated"), answers=5))
+    answered = evaluate.chosen_rows(len(held_out), 5)
+    assert sum(answered) == 5 and answered == evaluate.chosen_rows(len(held_out), 5)
+    limit = evaluate.answer_limit(job.evaluation, held_out)
+    scores = evaluate.score_rows(
+        model, held_out, Prepared(held_out, held_out, held_out), job, tokenizer=tokenizer, answered=answered, limit=limit
+    )
+    assert [bool(row) for row in scores["rouge_l"]] == answered
+    # What is right by likelihood is right when it is written out.
+    said = [row[0] for row in scores["accuracy_generated"] if row]
+    assert said == [right for right, asked in zip(scores["right"], answered, strict=True) if asked]
+
+
+def test_scoring_leaves_every_part_of_a_model_and_the_random_numbers_as_they_were(llama):
+    model = load_model(Recipe(model=llama)).train()
+    still = next(model.children()).eval()
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    with evaluate.evaluating(model):
+        torch.rand(5)
+    assert model.training and not still.training and torch.rand(1) == expected

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from training.data import prepare, read
 from training.model import load_model, load_tokenizer
 from training.recipe import DataConfig, Recipe
 
-NAMES = get_args(DataConfig.model_fields["task"].annotation)
+NAMES = tasks.NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
