@@ -5,6 +5,7 @@ Owns: `Objective`, the built-in ones, the loss vector of a trial. Must not know:
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ BUILT_IN: dict[str, Objective] = {
         Objective("seconds", "minimize", "s", lambda outcome: outcome.seconds),
         Objective("peak_bytes", "minimize", "bytes", lambda outcome: outcome.peak_bytes),
         Objective("device_hours", "minimize", "h", _device_hours),
+        Objective("cost", "minimize", "", lambda outcome: None),  # known once there is a price
         Objective("adapter_bytes", "minimize", "bytes", _adapter_bytes),
         Objective("tokens_per_second", "maximize", "tokens/s", _throughput),
         *(Objective(name, metric.goal, "", _score(name)) for name, metric in METRICS.items()),
@@ -67,14 +69,30 @@ BUILT_IN: dict[str, Objective] = {
 }
 
 
-def named(names: Sequence[str], goals: Mapping[str, Literal["maximize", "minimize"]] | None = None) -> tuple[Objective, ...]:
+def named(
+    names: Sequence[str],
+    goals: Mapping[str, Literal["maximize", "minimize"]] | None = None,
+    *,
+    price: float | None = None,
+) -> tuple[Objective, ...]:
     """Returns the objectives of these names, each built in or a score by that name: a user's metric, or one of the task.
 
     Args:
         goals: of the user's metrics; of another score more is better.
+        price: of an hour of one worker, for `cost`.
     """
     known = goals or {}
-    return tuple(BUILT_IN.get(name) or Objective(name, known.get(name, "maximize"), "", _score(name)) for name in names)
+
+    def one(name: str) -> Objective:
+        if name == "cost" and price is not None:
+            return dataclasses.replace(BUILT_IN[name], of=lambda outcome: _times(_device_hours(outcome), price))
+        return BUILT_IN.get(name) or Objective(name, known.get(name, "maximize"), "", _score(name))
+
+    return tuple(map(one, names))
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
 
 
 def losses(trial: Trial, objectives: Sequence[Objective]) -> list[float] | None:

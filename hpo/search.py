@@ -8,13 +8,14 @@ So a search that dies is continued by making another one; the trials that were i
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import time
 from collections.abc import Callable
 
 from pydantic import ValidationError
 
-from hpo import algorithms, gate, space, stopping
+from hpo import algorithms, gate, growth, space, stopping
 from hpo.errors import rule_of
 from hpo.objectives import losses
 from hpo.space import Params
@@ -54,11 +55,15 @@ class Search:
         self._resume = False
         self.interrupted = False  # set from a signal handler, which may do no more than that
         self.closed = False
+        self._seconds: dict[int, float] = {}  # of the running trials, as they reported them
         self.shares: dict[int, float] = {}  # of the running trials: how much of its own length each has done
         self._shape, self._tokens_per_row, self._clock = shape, tokens_per_row, clock
         self._began = self._counted = clock()
         self._judge, self._resolve = judge or self._gate, resolve
         self._trials = {trial.number: trial for trial in store.trials(record.id)}
+        self._paid = sum(t.outcome.seconds or 0.0 for t in self._trials.values() if t.attempts and t.final and t.outcome)
+        self._reference: list[float] | None = next((e["point"] for e in store.events(record.id, kinds=("reference",))), None)
+        self._has_stalled: tuple[int, bool] = (-1, False)  # after so many finished trials: whether it has
         self._rule, self._options = self.spec.stopping.name, self.spec.stopping.options
         self._curves: dict[int, tuple[CurvePoint, ...]] = {}  # of the running trials
         self._remembered: list[Trial] = []  # what the stopping rule looks at, with curves
@@ -79,6 +84,8 @@ class Search:
         self._orphans = [t for t in self._orphans if not self._ended_by_order(t)]
         if self._orphans:
             return self._relaunch(self._orphans.pop(0), "its process died")
+        if self._stalled():
+            return None
         for _ in range(REFUSALS):
             # What was ordered is tried whatever the budget of trials says, and counts against it.
             if self.launched >= self.spec.budget.trials and not self._inbox.points:
@@ -104,7 +111,7 @@ class Search:
         )  # fmt: skip
         said = self._decide(trial, point)
         self.store.add_point(self.study.id, number, trial.attempts, point, said)
-        self.shares[number] = progress.share
+        self.shares[number], self._seconds[number] = progress.share, progress.seconds
         self._steer()
         self.beat()
         return self.stopping or self._inbox.stops.get(number) or self._behind.get(number)
@@ -175,10 +182,12 @@ class Search:
             self.holder.beat()
             self.store.add_spent(self.study.id, now - self._counted)
             self._counted = now
-        if self._out_of_time():
-            self._steer()  # more hours may just have been given
+        if self._out_of_time() or (self.spec.budget.cost is not None and self.cost >= self.spec.budget.cost):
+            self._steer()  # more may just have been given
         if self._out_of_time():
             self.stop(f"budget.hours ({self.spec.budget.hours}) is spent")
+        if self.spec.budget.cost is not None and self.cost >= self.spec.budget.cost:
+            self.stop(f"budget.cost ({self.spec.budget.cost:g}) is spent")
 
     def close(self) -> None:
         """Counts the last seconds."""
@@ -192,6 +201,12 @@ class Search:
     def trials(self) -> list[Trial]:
         """All trials by number, without curves."""
         return [self._trials[number] for number in sorted(self._trials)]
+
+    @property
+    def cost(self) -> float:
+        """Currency units of the trials so far, running ones included: training seconds of all workers at `resources.price`."""
+        rate = (self.spec.price or 0.0) / 3600 * self.spec.resources.workers
+        return rate * (self._paid + sum(self._seconds.values()))
 
     @property
     def launched(self) -> int:
@@ -220,7 +235,25 @@ class Search:
         return reason is not None
 
     def _gate(self, params: Params, recipe: Recipe) -> gate.Verdict:
-        return gate.judge(recipe, self._shape, self.spec.limits, self.spec.resources, self._tokens_per_row)
+        verdict = gate.judge(recipe, self._shape, self.spec.limits, self.spec.resources, self._tokens_per_row)
+        seconds, refusal = gate.too_long(verdict.recipe, self.spec.seconds_limit, list(self._trials.values()))
+        return dataclasses.replace(verdict, seconds=seconds, refusal=verdict.refusal or refusal)
+
+    def _stalled(self) -> bool:
+        """Says whether the search finds nothing more by `budget.stall`; it is worked out once for each trial that ends."""
+        stall, finished = self.spec.budget.stall, self.finished
+        if stall is None or self._has_stalled[0] == finished:
+            return stall is not None and self._has_stalled[1]
+        targets, trials = self.spec.targets, self.trials
+        if self._reference is None and (point := growth.reference(trials, targets, self.spec.limits_of_losses)):
+            self._reference = point
+            self.store.add_event(self.study.id, "reference", objectives=list(self.spec.objectives), point=point)
+        grown = growth.volumes(trials, targets, self._reference) if self._reference else []
+        stalled = growth.stalled(grown, trials=stall.trials, gain=stall.gain)
+        if stalled and not self._has_stalled[1]:
+            self.store.add_event(self.study.id, "stalled", trials=stall.trials, gain=stall.gain, hypervolume=grown[-1])
+        self._has_stalled = (finished, stalled)
+        return stalled
 
     def _recall(self) -> None:
         """Reads the curves that the stopping rule looks at from the record."""
@@ -250,7 +283,9 @@ class Search:
         verdict = self._judge(params, recipe)
         trial = Trial(number=number, params=params, recipe=verdict.recipe, origin=origin, started=self._clock())
         if verdict.refusal:
-            outcome = Outcome(ended="infeasible", reason=verdict.refusal, share=0, peak_bytes=verdict.predicted)
+            outcome = Outcome(
+                ended="infeasible", reason=verdict.refusal, share=0, peak_bytes=verdict.predicted, seconds=verdict.seconds
+            )
             refused, why = trial.model_copy(update={"attempts": 0}), f"refused before launch: {verdict.refusal}"
             return with_state(refused, "infeasible", outcome, why, at=self._clock())
         return trial
@@ -292,9 +327,11 @@ class Search:
 
     def _finish(self, trial: Trial) -> Trial:
         self.shares.pop(trial.number, None)
+        self._seconds.pop(trial.number, None)
         curve = self._curves.pop(trial.number, ())
         if self.store.finish_trial(self.study.id, trial):
             self._trials[trial.number] = trial
+            self._paid += trial.outcome.seconds or 0.0 if trial.outcome else 0.0
             if self._rule != "none":
                 ended = [*self._remembered, trial.model_copy(update={"curve": curve})]
                 self._remembered = stopping.remember(self._rule, ended, self.spec.targets)
@@ -322,7 +359,8 @@ def job_of(trial: Trial, spec: Spec, data: DataConfig) -> Job:
     recipe = trial.recipe
     if "model" not in spec.space.root:  # a submitted job may find the model's folder elsewhere each time
         recipe = recipe.model_copy(update={"model": spec.recipe.model})
+    limits = spec.limits.model_copy(update={"seconds": spec.seconds_limit})
     return Job(
-        recipe=recipe, data=data, evaluation=spec.scoring, resources=spec.resources, limits=spec.limits,
+        recipe=recipe, data=data, evaluation=spec.scoring, resources=spec.resources, limits=limits,
         output=str(spec.folder / "trials" / f"{trial.number:05d}"), cache=str(spec.folder / "cache"),
     )  # fmt: skip

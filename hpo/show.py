@@ -5,6 +5,7 @@ Owns: texts for `hpo check | run | list | show | schema | doctor`, the progress 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hpo.check import Findings
+    from hpo.growth import Forecast
     from hpo.study import Status, Study
     from hpo.trial import Trial
 
@@ -117,7 +119,19 @@ def study_text(study: Study):
         if t.state in ("failed", "diverged", "infeasible") and t.error
     ][:5]
     parts += [line for line in _winner_lines(study) if line]
+    if said := outlook_text(study.outlook()):
+        parts.append(said)
     return Group(*parts)
+
+
+def outlook_text(told: Forecast | None) -> str:
+    """Returns in a sentence what more trials would probably bring, or "" where too few have ended to say."""
+    if told is None:
+        return ""
+    return (
+        f"{told.more} more trials would probably grow the hypervolume by {told.gain:.1%} "
+        f"({told.low:.1%} to {told.high:.1%}, 80 %), if it goes on as it did; a search cannot know what it has not seen."
+    )
 
 
 def front_table(study: Study, members: list[Trial]):
@@ -181,8 +195,10 @@ def study_record(study: Study) -> dict[str, Any]:
             "objectives": {o.name: o.of(trial.outcome) if trial.outcome else None for o in spec.targets}, "error": trial.error,
         }  # fmt: skip
 
+    told = study.outlook()
     return {
-        "study": spec.name, "running": study.running(), "trials": [row(t) for t in study.history()],
+        "study": spec.name, "running": study.running(), "outlook": dataclasses.asdict(told) if told else None,
+        "trials": [row(t) for t in study.history()],
         "front": [t.number for t in study.front()], "winner": winner.number if winner else None,
         "certificate": certificate.model_dump(exclude={"rows"}) if certificate else None,
         "report": str(spec.folder / "report.html"),

@@ -51,11 +51,20 @@ class Stopping(Frozen):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
+class Stall(Frozen):
+    """The end of a search that finds nothing more."""
+
+    trials: Whole = Field(20, ge=1, le=100_000, description="so many trials in a row")
+    gain: Number = Field(0.01, gt=0, le=1, description="that together grew the hypervolume by less than this part of it")
+
+
 class Budget(Frozen):
     """How much may be spent. Raising it later continues the study."""
 
     trials: Whole = Field(20, ge=1, le=100_000)
     hours: Number | None = Field(None, gt=0, description="wall-clock hours over all sessions of the study")
+    cost: Number | None = Field(None, gt=0, description="of all trials together, at resources.price")
+    stall: Stall | None = Field(None, description="no more trials are started once the hypervolume stopped growing")
     parallel: Whole | None = Field(None, ge=1, le=1024, description="trials at a time; default: what the cluster can grow to")
     retries: Whole = Field(2, ge=0, le=100, description="how often a trial whose worker died is tried again")
 
@@ -150,7 +159,7 @@ class Spec(Frozen):
     @property
     def targets(self) -> tuple[objectives.Objective, ...]:
         """The objectives themselves."""
-        return objectives.named(self.objectives, extensions.goals(self))
+        return objectives.named(self.objectives, extensions.goals(self), price=self.price)
 
     @property
     def scoring(self) -> EvaluationConfig:
@@ -158,6 +167,24 @@ class Spec(Frozen):
         listed = self.evaluation.metrics
         more = [name for name in self.objectives if name in metrics.METRICS and name not in listed]
         return self.evaluation.model_copy(update={"metrics": (*listed, *more)})
+
+    @property
+    def price(self) -> float | None:
+        """Currency units of an hour of one worker: `resources.price` times its devices."""
+        price, gpus = self.resources.price, self.resources.gpus
+        return None if price is None else price * (gpus or 1)
+
+    @property
+    def limits_of_losses(self) -> dict[str, float | None]:
+        """The limits by the objective that they are on."""
+        return {"peak_bytes": self.limits.peak_bytes, "seconds": self.seconds_limit, "cost": self.limits.cost}
+
+    @property
+    def seconds_limit(self) -> float | None:
+        """Training seconds that a trial may use, by `limits.seconds` and by `limits.cost`."""
+        limits, price = self.limits, self.price
+        bought = limits.cost * 3600 / (price * self.resources.workers) if limits.cost is not None and price else None
+        return min((value for value in (limits.seconds, bought) if value is not None), default=None)
 
     @property
     def folder(self) -> Path:
@@ -547,6 +574,11 @@ def _cross_checks(spec: Spec, broken: frozenset[str] = frozenset()) -> list[Prob
             Problem("resources.workers", f"must be 1 with mode: local, which trains in one process, got {workers}.",
                     "Leave mode out, or workers.")
         )  # fmt: skip
+    for where, asked in (("limits.cost", spec.limits.cost is not None), ("budget.cost", spec.budget.cost is not None),
+                         ("objectives", "cost" in spec.objectives)):  # fmt: skip
+        if asked and spec.resources.price is None:
+            rule = "cost is asked for, and nothing says what an hour costs."
+            found.append(Problem(where, rule, "Set resources.price, in currency units per device hour."))
     return found
 
 

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo import certify, check, endpoint, local
+from hpo import certify, check, endpoint, growth, local
 from hpo import promote as promotion
 from hpo import spec as specs
 from hpo.certificate import Certificate
 from hpo.endpoint import Endpoint
 from hpo.errors import InputError, NotFound, Problem, SpecError, StoreError, StudyChanged
+from hpo.growth import Forecast
 from hpo.model import Model
 from hpo.pareto import front
 from hpo.search import Search
@@ -94,6 +95,14 @@ class Study:
     def front(self) -> list[Trial]:
         """Returns the non-dominated trials, best score first; only trials trained to their end are on it."""
         return front(self.history(), self.spec.targets)
+
+    def outlook(self, more: int = 10) -> Forecast | None:
+        """Returns what more trials would probably add to the hypervolume, or None where too few have ended to say."""
+        record = self.record
+        trials, targets = self.store.trials(record.id), record.spec.targets
+        kept = [event["point"] for event in self.store.events(record.id, kinds=("reference",))]
+        point = kept[0] if kept else growth.reference(trials, targets, record.spec.limits_of_losses)
+        return growth.forecast(growth.volumes(trials, targets, point), more=more) if point else None
 
     def winner(self) -> Trial | None:
         """Returns the chosen trial: the certified one, else by the same rule from the front so far."""

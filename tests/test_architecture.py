@@ -15,7 +15,7 @@ PACKAGES = ("hpo", "training", "serving", "search_spaces")
 # A module of hpo imports only from its own layer or from lower ones.
 LAYERS = (
     ("errors", "space", "trial", "objectives", "pareto", "certificate", "model"),  # words: what is searched, wanted, claimed
-    ("algorithms", "gate", "stopping", "importance", "extensions"),  # pure functions of them
+    ("algorithms", "gate", "growth", "stopping", "importance", "extensions"),  # pure functions of them
     ("spec",),  # a study as a user writes it
     ("store", "steer"),  # the record, and orders to who runs a study
     ("search",),  # the heart: ask, report, tell

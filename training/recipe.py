@@ -211,6 +211,7 @@ class Resources(Frozen):
     workers: Whole = Field(1, ge=1, le=1024)
     gpus: Number = Field(0, ge=0, le=64, description="per worker")
     cpus: Number = Field(1, ge=0, le=1024, description="per worker")
+    price: Number | None = Field(None, gt=0, description="currency units per hour of one device: a GPU, or a worker without")
     mode: Literal["fresh", "local"] = Field("fresh", description="a Ray Train worker group per trial, or this process")
 
 
@@ -219,6 +220,7 @@ class Limits(Frozen):
 
     peak_bytes: Whole | None = Field(None, ge=1, description="bytes on one worker")
     seconds: Number | None = Field(None, gt=0, description="of training steps")
+    cost: Number | None = Field(None, gt=0, description="of training steps on all workers, at resources.price")
 
 
 def clashes(recipe: Recipe, resources: Resources) -> list[tuple[str, str, str]]:
