@@ -5,7 +5,7 @@ Owns: `Certificate` and its parts. Must not know: how it is made (certify) or sh
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -55,6 +55,58 @@ class SideBySide(Frozen):
     winner: str
 
 
+class Rerun(Frozen):
+    """One training of a trial's recipe with another seed. `score` is the first objective on rows that chose nothing."""
+
+    number: int = Field(description="of the trial")
+    seed: int
+    score: float | None = Field(description="None where it did not complete")
+    seconds: float | None = Field(description="of its optimizer steps")
+    ended: str = "complete"
+    reason: str = ""
+
+
+class Rival(Frozen):
+    """A member of the front beside the winner: how far the winner is ahead of it in the score, larger being better."""
+
+    number: int
+    value: float
+    low: float = Field(description="of the 95 % interval of the difference")
+    high: float
+    ahead: float = Field(description="share of the resamples in which the winner is better")
+    scores: tuple[float, ...] = Field(description="by seed")
+
+
+class Verdict(Frozen):
+    """What may be said of the winner against its rivals."""
+
+    kind: Literal["winner", "tie", "beaten", "open"] = Field(
+        description="winner: better than every rival with 95 % confidence; beaten: a rival is; open: nothing can be said"
+    )
+    over: Literal["seeds", "rows"] = Field(description="trained again with other seeds, or the trained models alone")
+    confidence: float = Field(description="share of the resamples in which the winner is the best of all")
+    tied: tuple[int, ...] = ()
+    better: int | None = None
+    rivals: tuple[Rival, ...] = ()
+    scores: tuple[float, ...] = Field((), description="of the winner, by seed")
+    failed: dict[int, str] = Field(default_factory=dict, description="trial -> why another seed did not complete")
+
+
+class Optimism(Frozen):
+    """How much better the winner looked where it was chosen than where nothing was chosen; larger is better in both scores.
+
+    The interval is None where there are no rows to resample.
+    """
+
+    chosen: float = Field(description="its score on the validation rows, which chose it")
+    held_out: float = Field(description="its score on rows, and where it was trained again seeds, that did not")
+    value: float
+    low: float | None
+    high: float | None
+    rows: int
+    seeds: int
+
+
 class Certificate(Frozen):
     """The winner of a study, why it was chosen, and how it does on untouched rows."""
 
@@ -64,5 +116,10 @@ class Certificate(Frozen):
     scores: tuple[Scored, ...] = ()
     gain: Interval | None = Field(None, description="accuracy of winner minus defaults, paired bootstrap over rows")
     rows: tuple[SideBySide, ...] = ()
+    verdict: Verdict | None = None
+    optimism: Optimism | None = None
+    reruns: tuple[Rerun, ...] = ()
+    allowed: float | None = Field(None, description="seconds of training that might be spent on training again")
+    said: tuple[str, ...] = Field((), description="verdict and optimism in words")
     machine: dict[str, Any] = Field(default_factory=dict, description="device, cores, versions, slow-down during the search")
     made: float = Field(description="seconds since the epoch")

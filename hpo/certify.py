@@ -1,25 +1,26 @@
 """From a front to a claim: timed alone, one chosen, compared with the defaults on rows that no trial saw.
 
-Owns: `settle`, `choose`, `certify`. Must not know: where the work is done (it is handed a `call`).
+Owns: `settle`, `certify`. Must not know: where the work is done (it is handed a `call`).
 """
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+from hpo import evidence
 from hpo.certificate import Certificate, Interval, Measured, Scored, SideBySide
+from hpo.choosing import choose
 from hpo.objectives import Objective
 from hpo.pareto import eligible, front
 from hpo.search import job_of
 from hpo.spec import Spec
 from hpo.trial import Trial
-from training.recipe import DataConfig
+from training.recipe import DataConfig, Job, Outcome
 
-CONFIDENT = 1.645  # standard errors: one-sided 95 %
 RESAMPLES = 2000
 Call = Callable[[str, dict[str, Any]], Any]
 
@@ -49,50 +50,6 @@ def settle(trials: Sequence[Trial], objectives: Sequence[Objective], measure: Ca
     return measured
 
 
-def choose(trials: Sequence[Trial], objectives: Sequence[Objective]) -> tuple[Trial, str] | None:
-    """Returns the member of the front with the best score and, among statistical ties with it, the cheapest; and why.
-
-    The score is the first objective. Two accuracies tie where the paired difference over the validation rows is within
-    1.645 standard errors (one-sided 95 %). The cheapest has the smallest product of the other objectives, of which those to
-    be maximised divide.
-    """
-    members = front(trials, objectives)
-    if not members:
-        return None
-    best = members[0]
-    tied = [t for t in members if t is not best and _ties(best, t)] if objectives[0].name == "accuracy" else []
-    score = objectives[0]
-    said = f"trial {best.number} has the best {score.name} ({_show(score, best)})"
-    costs = objectives[1:]
-    if not tied or not costs:
-        return best, said
-
-    def cost(trial: Trial) -> float:
-        values = [(objective, abs(objective.of(trial.outcome))) for objective in costs]
-        return sum(math.log(max(value, 1e-12)) * (-1 if objective.goal == "maximize" else 1) for objective, value in values)
-
-    chosen = min([best, *tied], key=lambda t: (cost(t), t.number))
-    names = ", ".join(str(t.number) for t in tied)
-    said += f"; {'trial' if len(tied) == 1 else 'trials'} {names} {'ties' if len(tied) == 1 else 'tie'} with it (95 %)"
-    if chosen is best:
-        return best, f"{said}, but it is the cheapest of them"
-    return chosen, f"{said}, and trial {chosen.number} ({_show(score, chosen)}) is the cheapest of them"
-
-
-def _show(objective: Objective, trial: Trial) -> str:
-    return f"{objective.of(trial.outcome):.4g}"
-
-
-def _ties(best: Trial, other: Trial) -> bool:
-    a, b = (t.outcome.conditions.get("right", "") for t in (best, other))
-    if not a or len(a) != len(b):
-        return False
-    difference = [int(x) - int(y) for x, y in zip(a, b, strict=True)]
-    mean = sum(difference) / len(difference)
-    variance = sum((d - mean) ** 2 for d in difference) / max(len(difference) - 1, 1)
-    return mean <= CONFIDENT * math.sqrt(variance / len(difference))
-
-
 def interval(values: Sequence[float], *, seed: int = 0) -> Interval:
     """Returns the mean with its 95 % percentile bootstrap interval over rows (Efron & Tibshirani 1993, chapter 13)."""
     import numpy as np
@@ -105,7 +62,8 @@ def interval(values: Sequence[float], *, seed: int = 0) -> Interval:
 
 
 def certify(spec: Spec, trials: Sequence[Trial], data: DataConfig, call: Call, *, known: dict[int, Measured],
-            real: bool = True, on_phase: Callable[[str], None] = lambda phase: None) -> Certificate | None:  # fmt: skip
+            train: Callable[[Job], Outcome] | None = None, real: bool = True,
+            on_phase: Callable[[str], None] = lambda phase: None) -> Certificate | None:  # fmt: skip
     """Returns what the study may claim, or None where no trial is complete.
 
     Args:
@@ -113,6 +71,7 @@ def certify(spec: Spec, trials: Sequence[Trial], data: DataConfig, call: Call, *
         data: the study's own copy of the rows.
         call: runs a function of `training.measure` on a worker.
         known: front members timed before.
+        train: trains one job as the study's trials were trained; None where only the workers of `call` can.
         real: whether the trials were trained by our loop; what a simulation or a user's own train function made cannot be
             loaded, so it is neither timed again nor compared.
         on_phase: is told what is being done.
@@ -131,15 +90,81 @@ def certify(spec: Spec, trials: Sequence[Trial], data: DataConfig, call: Call, *
     alone = real and spec.resources.workers == 1 and "seconds" in spec.objectives
     measured = settle(trials, spec.targets, measure, known) if alone else {}
     settled = with_measured(trials, measured)
-    chosen = choose(settled, spec.targets)
+    chosen = choose(settled, spec.targets, spec.choose)
     if chosen is None:
         return None
     winner, reason = chosen
-    certificate = Certificate(winner=winner.number, reason=reason, measured=measured, made=time.time(), machine={})
+    together = real and spec.resources.workers == 1  # one group trains them all, and compares
+    start = 0.0 if together or spec.resources.mode == "local" or spec.train == "simulated" else evidence.START
+    planned = evidence.plan(spec, settled, winner, data, start=start)
+    if not together and train is None:
+        planned = replace(planned, jobs={})
+    certificate = Certificate(
+        winner=winner.number, reason=reason, measured=measured, made=time.time(), machine={}, allowed=planned.allowed
+    )
+    found = {} if together else evidence.train_each(planned, train, on_phase)
     if not real:
-        return certificate
-    on_phase("comparing on untouched rows")
-    return _compared(certificate, spec, winner, trials, data, call)
+        return _judged(certificate, spec, planned, settled, found, {})
+    on_phase("comparing on untouched rows" + (f", after training again {len(planned.jobs)} times" if planned.jobs else ""))
+    certificate, found, models = _looked(certificate, spec, planned, trials, data, call, found if not together else None)
+    certificate = _judged(certificate, spec, planned, settled, found, models)
+    if certificate.winner != winner.number:
+        beside = next(t for t in settled if t.number == certificate.winner)
+        certificate = _compared(certificate, spec, beside, trials, call, _comparison(spec, beside, trials, data))
+    return certificate
+
+
+def _judged(
+    certificate: Certificate, spec: Spec, planned: evidence.Plan, trials: Sequence[Trial], found: dict, models: dict[int, dict]
+) -> Certificate:
+    """Returns the certificate with verdict and optimism; with other seeds a rival that is surely better becomes the winner."""
+    score = spec.targets[0]
+    verdict, optimism, reruns = evidence.weigh(planned, score, found, models)
+    if verdict is not None and verdict.kind == "beaten" and verdict.over == "seeds":
+        beaten = certificate.winner
+        better = next(t for t in planned.rivals if t.number == verdict.better)
+        others = (planned.winner, *(t for t in planned.rivals if t is not better))
+        verdict, optimism, reruns = evidence.weigh(replace(planned, winner=better, rivals=others), score, found, models)
+        why = f"{certificate.reason}; but with other seeds trial {better.number} is better than trial {beaten} (95 %)"
+        certificate = certificate.model_copy(update={"winner": better.number, "reason": why})
+    certificate = certificate.model_copy(update={"verdict": verdict, "optimism": optimism, "reruns": reruns})
+    said = evidence.sentences(certificate, score, trials, spec.certify.extra)
+    return certificate.model_copy(update={"said": said})
+
+
+def _looked(certificate: Certificate, spec: Spec, planned: evidence.Plan, trials: Sequence[Trial], data: DataConfig, call: Call,
+            found: dict | None) -> tuple[Certificate, dict, dict[int, dict]]:  # fmt: skip
+    """Returns the certificate with what models did on the test rows, what training again came to, and the rows by trial.
+
+    All of it is one call, because a fresh group of workers takes longer to start than most of this takes.
+
+    Args:
+        found: what training again came to where it was done before; None: it is done here.
+    """
+    winner, comparison = planned.winner, _comparison(spec, planned.winner, trials, data)
+    job = comparison[1]["job"]
+    calls: list[tuple[str, dict]] = []
+    if found is None:
+        calls += planned.calls
+    rivals = planned.rivals if planned.over == "rows" else ()
+    models = [_model(str(t.number), t, spec, t.outcome.checkpoint) for t in rivals if t.outcome.checkpoint]
+    for key, one in (found or {}).items():
+        if one.get("checkpoint"):
+            trial = next(t for t in (winner, *planned.rivals) if t.number == key[0])
+            models.append(_model(evidence.name_of(key), trial, spec, one["checkpoint"]))
+    if models:
+        calls.append(("training.measure.judge", {"models": models, "job": job}))
+    calls.append(comparison)
+    answers = call("training.again.in_turn", {"calls": calls}) if len(calls) > 1 else [call(*comparison)]
+    by_name = dict(zip((name for name, _ in calls), answers, strict=True))
+    if "training.again.rerun" in by_name:
+        came = zip(planned.jobs, by_name["training.again.rerun"], strict=True)
+        found = {key: one for key, one in came if one is not None}
+    scored = by_name.get("training.measure.judge", {}).get("models", [])
+    found = evidence.judged(planned.jobs, found or {}, scored) if found else {}
+    by_trial = {int(one["who"]): one for one in scored if one["who"].isdigit()}
+    by_trial[winner.number] = next(m for m in answers[-1]["models"] if m["who"] == "winner")
+    return _compared(certificate, spec, winner, trials, lambda *_: answers[-1], comparison), found, by_trial
 
 
 def _measured(trial: Trial, found: dict) -> Measured:
@@ -147,33 +172,42 @@ def _measured(trial: Trial, found: dict) -> Measured:
     return Measured(**(found | {"peak_bytes": peak}), in_study=trial.outcome.seconds)
 
 
-def _compared(
-    certificate: Certificate, spec: Spec, winner: Trial, trials: Sequence[Trial], data: DataConfig, call: Call
-) -> Certificate:
-    defaults = next((t for t in trials if t.origin == "defaults" and t.outcome and t.outcome.checkpoint), None)
-    models = [{"who": "untuned", "recipe": winner.recipe, "checkpoint": None, "number": None}]
-    if defaults is not None:
-        models.append(
-            {"who": "defaults", "recipe": defaults.recipe, "checkpoint": defaults.outcome.checkpoint, "number": defaults.number}
-        )
-    models.append({"who": "winner", "recipe": winner.recipe, "checkpoint": winner.outcome.checkpoint, "number": winner.number})
-    job = job_of(winner, spec, data)
+def _model(who: str, trial: Trial, spec: Spec, checkpoint: str | None) -> dict[str, Any]:
+    recipe = trial.recipe
     if "model" not in spec.space.root:
-        models = [m | {"recipe": m["recipe"].model_copy(update={"model": job.recipe.model})} for m in models]
-    payload = [
-        {name: m[name] for name in ("who", "checkpoint")} | {"recipe": m["recipe"].model_dump(mode="json")} for m in models
-    ]
-    found = call("training.measure.compare", {"models": payload, "job": job.model_dump(mode="json")})
+        recipe = recipe.model_copy(update={"model": spec.recipe.model})
+    return {"who": who, "checkpoint": checkpoint, "recipe": recipe.model_dump(mode="json")}
+
+
+def _comparison(spec: Spec, winner: Trial, trials: Sequence[Trial], data: DataConfig) -> tuple[str, dict[str, Any]]:
+    """Returns the call that compares the untuned model, the defaults' and the winner's on the test rows."""
+    defaults = _defaults(trials)
+    models = [_model("untuned", winner, spec, None)]
+    if defaults is not None:
+        models.append(_model("defaults", defaults, spec, defaults.outcome.checkpoint))
+    models.append(_model("winner", winner, spec, winner.outcome.checkpoint))
+    return "training.measure.compare", {"models": models, "job": job_of(winner, spec, data).model_dump(mode="json")}
+
+
+def _defaults(trials: Sequence[Trial]) -> Trial | None:
+    return next((t for t in trials if t.origin == "defaults" and t.outcome and t.outcome.checkpoint), None)
+
+
+def _compared(
+    certificate: Certificate, spec: Spec, winner: Trial, trials: Sequence[Trial], call: Call, comparison: tuple[str, dict]
+) -> Certificate:
+    found, defaults = call(*comparison), _defaults(trials)
+    numbers = {"defaults": defaults.number if defaults else None, "winner": winner.number}
     right = {m["who"]: m["right"] for m in found["models"]}
     scores = tuple(
         Scored(
             who=m["who"],
-            number=n["number"],
+            number=numbers.get(m["who"]),
             rows=len(m["right"]),
             accuracy=interval(m["right"]),
             loss=sum(m["nll"]) / sum(m["tokens"]),
         )
-        for m, n in zip(found["models"], models, strict=True)
+        for m in found["models"]
     )
     gain = interval([w - d for w, d in zip(right["winner"], right["defaults"], strict=True)]) if "defaults" in right else None
     rows = tuple(SideBySide(**({"defaults": None} | row)) for row in found["rows"])

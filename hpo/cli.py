@@ -21,7 +21,7 @@ from hpo.cli_data import data
 from hpo.cli_models import endpoints, keep, models
 from hpo.cli_steer import steer
 from hpo.errors import HpoError, InputError, NotFound, StudyBusy
-from hpo.terminal import Json, Name, Sets, Source, Storage, console, print_json, say
+from hpo.terminal import Json, Name, Sets, Source, Storage, console, pairs, print_json, say
 
 INTERRUPTED = 130
 
@@ -138,16 +138,30 @@ def list_studies(storage: Storage = None, as_json: Json = False):
 
 
 @app.command()
-def show(name: Name, storage: Storage = None, as_json: Json = False):
-    """Show a study: its trials by state, the front, the winner."""
+def show(
+    name: Name,
+    choose: Annotated[str | None, typer.Option(help="another rule: best, knee, or weights as accuracy=2,seconds=1")] = None,
+    within: Annotated[list[str] | None, typer.Option(help="with limits, for example seconds=30 or accuracy=0.9")] = None,
+    storage: Storage = None,
+    as_json: Json = False,
+):
+    """Show a study: its trials by state, the front, the winner, what mattered; with --choose or --within another choice."""
     from hpo import show as shown
     from hpo.study import open_study
 
     study = open_study(name, storage=storage)
+    other = None
+    if choose or within:
+        weights = pairs(choose.split(",")) if choose and "=" in choose else None
+        chosen = study.choose(None if weights else choose, weights=weights, limits=pairs(within or []))
+        other = chosen or (None, "")
     if as_json:
-        print_json(shown.study_record(study))
+        also = {"chosen": {"number": other[0] and other[0].number, "reason": other[1]}} if other else {}
+        print_json(shown.study_record(study) | also)
     else:
         console().print(shown.study_text(study))
+        if other:
+            console().print(shown.choice_text(other if other[0] else None).replace("STUDY", name))
 
 
 @app.command()

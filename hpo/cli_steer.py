@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hpo.terminal import Json, Name, Storage, console, print_json, say
+from hpo.terminal import Json, Name, Storage, console, pairs, print_json, say
 
 
 def steer(
@@ -46,18 +46,6 @@ def _number(values: list[str], what: str) -> int:
     return int(values[0])
 
 
-def _pairs(values: list[str]) -> dict[str, Any]:
-    from hpo.spec import value_of
-
-    pairs = {}
-    for item in values:
-        name, equals, text = item.partition("=")
-        if not equals or not name:
-            raise typer.BadParameter(f"must be field=value, got {item}")
-        pairs[name] = value_of(text, name)
-    return pairs
-
-
 def _range(steer: Any, values: list[str]):
     from hpo.spec import value_of
 
@@ -67,11 +55,11 @@ def _range(steer: Any, values: list[str]):
 
 
 ORDERS: dict[str, Callable[[Any, list[str]], Any]] = {
-    "add": lambda steer, values: steer.add(**_pairs(values)),
-    "clone": lambda steer, values: steer.clone(_number(values, "clone"), **_pairs(values[1:])),
+    "add": lambda steer, values: steer.add(**pairs(values)),
+    "clone": lambda steer, values: steer.clone(_number(values, "clone"), **pairs(values[1:])),
     "stop": lambda steer, values: steer.stop(_number(values, "stop")),
     "range": _range,
-    "budget": lambda steer, values: steer.budget(**_pairs(values)),
+    "budget": lambda steer, values: steer.budget(**pairs(values)),
 }
 
 

@@ -81,7 +81,7 @@ def write(view: View, path: str | Path) -> Path:
 def _summary(view: View) -> list[str]:
     sentences = []
     if view.certificate is not None:
-        sentences += _claims(view, view.certificate)
+        sentences += [*_claims(view, view.certificate), *view.certificate.said]
     elif view.front:
         best, axis = view.front[0], view.axes[0]
         sentences.append(f"So far trial {best.number} leads in {axis.title}, with {axis.measure(best)}.")

@@ -151,6 +151,8 @@ def front_table(study: Study, members: list[Trial]):
 
 
 def _winner_lines(study: Study) -> list[str]:
+    from rich.markup import escape
+
     certificate, spec = study.certificate, study.spec
     if certificate is None:
         return []
@@ -167,9 +169,19 @@ def _winner_lines(study: Study) -> list[str]:
             )
         else:
             lines.append(f"Against the defaults: {gain.value:+.3f}, 95 % interval {gain.low:+.3f} to {gain.high:+.3f}.")
+    lines += [escape(said) for said in certificate.said]
     if certificate.measured and "seconds" in spec.objectives:
         lines.append("Seconds of the front's members were measured alone, after the search.")
     return lines
+
+
+def choice_text(chosen: tuple[Trial, str] | None) -> str:
+    """Returns what another rule would choose, and why."""
+    from rich.markup import escape
+
+    if chosen is None:
+        return "No trial is complete, so there is nothing to choose."
+    return f"[bold]By this rule[/bold]: {escape(chosen[1])}. To promote it: hpo model promote STUDY --trial {chosen[0].number}"
 
 
 def next_text(study: Study) -> str:

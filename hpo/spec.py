@@ -18,9 +18,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from hpo import algorithms, extensions, objectives, stopping
+from hpo import algorithms, choosing, extensions, objectives, stopping
+from hpo.choosing import Choose
 from hpo.errors import NotFound, Problem, SpecError, nearest, rule_of
 from hpo.space import Params, Space, problems
+from hpo.verdict import Certify
 from serving.endpoint import EngineSettings
 from serving.endpoint import Limits as ServingLimits
 from training import data as training_data
@@ -121,6 +123,8 @@ class Spec(Frozen):
     stopping: Stopping = Stopping()
     budget: Budget = Budget()
     resources: Resources = Resources()
+    choose: Choose = Choose()
+    certify: Certify = Certify()
     promote: Promote = Promote()
     serving: Serving = Serving()
     train: one_of(lambda: ["loop", "simulated"]) = Field(
@@ -540,6 +544,8 @@ _EXAMPLES = {
     "evaluation": "For example evaluation: {rows: 200}.",
     "evaluation.metrics": "For example metrics: [perplexity, rouge_l].",
     "limits": "For example limits: {peak_bytes: 8000000000}.",
+    "choose": "For example choose: {by: knee}.",
+    "certify": "For example certify: {extra: 0.3}.",
     "promote": "For example promote: {accuracy: 0.9}.",
     "serving": "For example serving: {engine: {replicas: 2}}.",
 }
@@ -557,6 +563,7 @@ def _cross_checks(spec: Spec, broken: frozenset[str] = frozenset()) -> list[Prob
     if not any(problem.where == "data.task" for problem in own_problems):
         found += training_data.template_problems(spec.data)
     found += _objective_problems(spec)
+    found += choosing.problems(spec.choose, spec.objectives) if not touches(broken, "choose", "objectives") else []
     found += _algorithm_problems(spec)
     said = stopping.check_options(spec.stopping.name, spec.stopping.options)
     found += [Problem(f"stopping.{option}", f"{rule}.", "") for option, rule in said]

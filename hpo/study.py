@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo import certify, check, endpoint, growth, local
+from hpo import certify, check, choosing, endpoint, growth, local
 from hpo import promote as promotion
 from hpo import spec as specs
 from hpo.certificate import Certificate
@@ -104,13 +104,37 @@ class Study:
         point = kept[0] if kept else growth.reference(trials, targets, record.spec.limits_of_losses)
         return growth.forecast(growth.volumes(trials, targets, point), more=more) if point else None
 
-    def winner(self) -> Trial | None:
-        """Returns the chosen trial: the certified one, else by the same rule from the front so far."""
+    def winner(
+        self, by: str | None = None, *, weights: Mapping[str, float] | None = None, limits: Mapping[str, float] | None = None
+    ) -> Trial | None:
+        """Returns the chosen trial: the certified one, else by the study's rule from the front so far.
+
+        Args:
+            by: another rule: best, knee or weights.
+            weights: by objective; means by: weights.
+            limits: by objective: at most that of what is to be small, at least that of what is to be large.
+        """
         certificate = self.certificate
-        if certificate is not None:
+        if certificate is not None and by is None and not weights and not limits:
             return next(t for t in self.history() if t.number == certificate.winner)
-        chosen = certify.choose(self.history(), self.spec.targets)
+        chosen = self.choose(by, weights=weights, limits=limits)
         return chosen[0] if chosen else None
+
+    def choose(
+        self, by: str | None = None, *, weights: Mapping[str, float] | None = None, limits: Mapping[str, float] | None = None
+    ) -> tuple[Trial, str] | None:
+        """Returns a trial of the front and why it, by a rule as in `winner`; default: the study's own rule.
+
+        Raises:
+            InputError: there is no such rule or objective.
+        """
+        spec = self.spec
+        how = spec.choose
+        if by or weights or limits:
+            how = choosing.rule(by, weights, limits)
+        if wrong := choosing.problems(how, spec.objectives):
+            raise InputError(*wrong)
+        return choosing.choose(self.history(), spec.targets, how)
 
     def trials(self) -> pandas.DataFrame:
         """Returns a table of all trials: number, state, origin, the varied fields, the objectives, seconds in all, error."""
@@ -503,6 +527,7 @@ class _Backend:
     call: Callable[[str, dict[str, Any]], Any]
     train: Callable[[Job], Outcome]
     real: bool
+    again: Callable[[Job], Outcome] | None  # trains as the trials were trained
 
     def bench(self, tell: Callable) -> promotion.Bench:
         """Returns where a promotion does its work, and whom it tells."""
@@ -520,8 +545,9 @@ def _backend(spec: Spec, train: Train | None, tell: Callable) -> Iterator[_Backe
         yield _Backend(
             lambda search, data, on_change: local.run_search(search, function, data, on_change=on_change),
             lambda name, payload: local.call(name, payload, spec.resources),
-            lambda job: function(job, lambda progress: None),
+            alone := lambda job: function(job, lambda progress: None),
             real,
+            alone,
         )
         return
     tell(phase="starting Ray")
@@ -533,8 +559,9 @@ def _backend(spec: Spec, train: Train | None, tell: Callable) -> Iterator[_Backe
         yield _Backend(
             lambda search, data, on_change: tune.run_search(search, data, parallel=parallel, train=train, on_change=on_change),
             lambda name, payload: tune.call(name, payload, spec.resources, storage=folder),
-            lambda job: tune.train_alone(job, f"{spec.name}-final", storage=folder),
+            alone := lambda job: tune.train_alone(job, f"{spec.name}-final", storage=folder),
             real,
+            alone if real else None,
         )
 
 
@@ -577,6 +604,7 @@ def _finish(study: Study, data: DataConfig, backend: _Backend, tell: Callable) -
             data,
             backend.call,
             known=known,
+            train=backend.again,
             real=backend.real,
             on_phase=lambda phase: tell(phase=phase, running={}, left=None),
         )

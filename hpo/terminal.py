@@ -25,6 +25,19 @@ def console():
     return made
 
 
+def pairs(items: list[str]) -> dict[str, Any]:
+    """Returns what was typed as field=value, the values as YAML reads them."""
+    from hpo.spec import value_of
+
+    found = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        if not equals or not name:
+            raise typer.BadParameter(f"must be field=value, got {item}")
+        found[name] = value_of(text, name)
+    return found
+
+
 def say(text: str) -> None:
     """Says something beside the result, on standard error."""
     print(text, file=sys.stderr)

@@ -15,11 +15,13 @@ PACKAGES = ("hpo", "training", "serving", "search_spaces")
 # A module of hpo imports only from its own layer or from lower ones.
 LAYERS = (
     ("errors", "space", "trial", "objectives", "pareto", "certificate", "model"),  # words: what is searched, wanted, claimed
-    ("algorithms", "gate", "growth", "stopping", "importance", "extensions"),  # pure functions of them
+    # Pure functions of them.
+    ("algorithms", "gate", "growth", "stopping", "importance", "extensions", "choosing", "verdict"),
     ("spec",),  # a study as a user writes it
     ("store", "steer"),  # the record, and orders to who runs a study
     ("search",),  # the heart: ask, report, tell
-    ("check", "local", "simulator", "tune", "certify", "figures", "report", "promote", "endpoint"),  # what a run is made of
+    # What a run is made of.
+    ("check", "local", "simulator", "tune", "evidence", "certify", "figures", "report", "promote", "endpoint"),
     ("study", "draft", "doctor"),  # the facade, and what helps to begin
     ("show", "show_models", "terminal", "cli_models", "cli_data", "cli_steer", "cli", "__init__", "__main__"),  # doors
 )
