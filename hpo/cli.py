@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 something broke; 2 the input is wrong, nothing was started
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import sys
@@ -162,6 +163,21 @@ def show(
         console().print(shown.study_text(study))
         if other:
             console().print(shown.choice_text(other if other[0] else None).replace("STUDY", name))
+
+
+@app.command()
+def replay(name: Name, storage: Storage = None, as_json: Json = False):
+    """Derive every suggestion and every stop of a study again from its record; exits with 1 where they differ."""
+    from hpo import show as shown
+    from hpo.study import open_study
+
+    found = open_study(name, storage=storage).replay()
+    if as_json:
+        print_json(dataclasses.asdict(found))
+    else:
+        console().print(shown.replay_text(found))
+    if found.difference is not None:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -9,9 +9,12 @@ So a search that dies is continued by making another one; the trials that were i
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.metadata
+import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pydantic import ValidationError
 
@@ -64,12 +67,10 @@ class Search:
         self._paid = sum(t.outcome.seconds or 0.0 for t in self._trials.values() if t.attempts and t.final and t.outcome)
         self._reference: list[float] | None = next((e["point"] for e in store.events(record.id, kinds=("reference",))), None)
         self._has_stalled: tuple[int, bool] = (-1, False)  # after so many finished trials: whether it has
-        self._rule, self._options = self.spec.stopping.name, self.spec.stopping.options
-        self._curves: dict[int, tuple[CurvePoint, ...]] = {}  # of the running trials
-        self._remembered: list[Trial] = []  # what the stopping rule looks at, with curves
-        self._behind: dict[int, str] = {}  # the trials that it ended, with the reason
-        if self._rule != "none":
-            self._recall()
+        self._watch = watch_of(self.spec)
+        if self._watch.name != "none":
+            self._watch.recall(store.trials(record.id, curves=True))
+        store.note(record.id, "begin", said=json.dumps(_session(self.spec)))
         # Trials that were in flight when an earlier process died; they are launched again with the same point and number.
         self._orphans = [trial for trial in self._trials.values() if not trial.final]
 
@@ -90,6 +91,8 @@ class Search:
             # What was ordered is tried whatever the budget of trials says, and counts against it.
             if self.launched >= self.spec.budget.trials and not self._inbox.points:
                 return None
+            if self._must_wait():
+                return None
             trial = self._propose()
             if trial is None:
                 return None
@@ -109,12 +112,12 @@ class Search:
             share=progress.share, step=progress.step, tokens=progress.tokens, seconds=progress.seconds,
             peak_bytes=progress.peak_bytes, metrics=progress.metrics,
         )  # fmt: skip
-        said = self._decide(trial, point)
+        said = self._watch.report(trial, point)
         self.store.add_point(self.study.id, number, trial.attempts, point, said)
         self.shares[number], self._seconds[number] = progress.share, progress.seconds
         self._steer()
         self.beat()
-        return self.stopping or self._inbox.stops.get(number) or self._behind.get(number)
+        return self.stopping or self._inbox.stops.get(number) or self._watch.behind.get(number)
 
     def tell(self, number: int, outcome: Outcome) -> Trial:
         """Keeps what came of a trial; returns it in its final state. The first result wins."""
@@ -128,7 +131,7 @@ class Search:
         if wrong := _invalid(outcome):
             state, error, outcome = "failed", error or f"the outcome cannot be kept: {wrong}", None
         ordered = number in self._inbox.stops
-        if state == "stopped" and (ordered or (self.stopping and number not in self._behind)):
+        if state == "stopped" and (ordered or (self.stopping and number not in self._watch.behind)):
             if self._resume and not ordered:
                 return self.put_back(number)
             state = "cancelled"  # ended by us for a reason that says nothing about the point
@@ -224,6 +227,21 @@ class Search:
 
     # Inside
 
+    @property
+    def _next(self) -> int:
+        return max(self._trials, default=-1) + 1
+
+    def _visible(self) -> list[Trial]:
+        return visible(self.spec, self.trials, self._next)
+
+    def _resolved(self, params: Params) -> Recipe:
+        return self._resolve(params) if self._resolve else self.spec.space.resolve(params, self.spec.recipe)
+
+    def _must_wait(self) -> bool:
+        """Says whether a trial that the next one learns from has not ended yet; a runner asks again when one has."""
+        lag = lag_of(self.spec)
+        return lag is not None and any(not t.final for t in self._trials.values() if t.number <= self._next - lag)
+
     def _steer(self) -> None:
         """Follows what was ordered from outside since the last look."""
         self.spec = self._inbox.follow(self.spec, self._trials)
@@ -236,7 +254,7 @@ class Search:
 
     def _gate(self, params: Params, recipe: Recipe) -> gate.Verdict:
         verdict = gate.judge(recipe, self._shape, self.spec.limits, self.spec.resources, self._tokens_per_row)
-        seconds, refusal = gate.too_long(verdict.recipe, self.spec.seconds_limit, list(self._trials.values()))
+        seconds, refusal = gate.too_long(verdict.recipe, self.spec.seconds_limit, self._visible())
         return dataclasses.replace(verdict, seconds=seconds, refusal=verdict.refusal or refusal)
 
     def _stalled(self) -> bool:
@@ -244,7 +262,7 @@ class Search:
         stall, finished = self.spec.budget.stall, self.finished
         if stall is None or self._has_stalled[0] == finished:
             return stall is not None and self._has_stalled[1]
-        targets, trials = self.spec.targets, self.trials
+        targets, trials = self.spec.targets, self._visible()
         if self._reference is None and (point := growth.reference(trials, targets, self.spec.limits_of_losses)):
             self._reference = point
             self.store.add_event(self.study.id, "reference", objectives=list(self.spec.objectives), point=point)
@@ -255,29 +273,13 @@ class Search:
         self._has_stalled = (finished, stalled)
         return stalled
 
-    def _recall(self) -> None:
-        """Reads the curves that the stopping rule looks at from the record."""
-        known = self.store.trials(self.study.id, curves=True)
-        self._curves |= {trial.number: trial.curve for trial in known if not trial.final}
-        self._remembered = stopping.remember(self._rule, [t for t in known if t.final], self.spec.targets)
-
-    def _decide(self, trial: Trial, point: CurvePoint) -> str | None:
-        """Returns the stopping rule's reason to end a trial, given its new report."""
-        if self._rule == "none" or trial.number in self._behind:
-            return None
-        curve = (*self._curves.get(trial.number, ()), point)
-        self._curves[trial.number] = curve
-        others = [self._trials[n].model_copy(update={"curve": c}) for n, c in self._curves.items() if n != trial.number]
-        said = stopping.decide(
-            self._rule, self._options, [*self._remembered, *others], trial.model_copy(update={"curve": curve}), self.spec.targets
-        )
-        if said:
-            self._behind[trial.number] = said
-        return said
-
     def _propose(self) -> Trial | None:
-        number = max(self._trials, default=-1) + 1
-        params, recipe, origin = self._next_point(number)
+        number = self._next
+        if self._inbox.points:
+            params, origin = self._inbox.points[0].data["params"], ORIGIN
+            recipe = self._resolved(params)
+        else:
+            params, recipe, origin = next_point(self.spec, self._visible(), number, self._resolve)
         if params is None:
             return None
         verdict = self._judge(params, recipe)
@@ -290,26 +292,6 @@ class Search:
             return with_state(refused, "infeasible", outcome, why, at=self._clock())
         return trial
 
-    def _next_point(self, number: int):
-        """Returns (params, recipe, origin): first the defaults, then the user's points, then the algorithm's."""
-        spec, resolve = self.spec, self._resolve or (lambda params: self.spec.space.resolve(params, self.spec.recipe))
-        if number == 0 and self._resolve is None:
-            return spec.space.project(spec.recipe) or {}, spec.recipe, "defaults"
-        if self._inbox.points:
-            params = self._inbox.points[0].data["params"]
-            return params, resolve(params), ORIGIN
-        tried = {space.key(trial.params) for trial in self._trials.values()}
-        for point in spec.start:
-            if space.key(point) not in tried:
-                return point, resolve(point), "start"
-        history = [trial for trial in self.trials if spec.space.contains(trial.params)]
-        rng = random.Random(f"{spec.seed}:{number}")
-        suggest = algorithms.load(spec.algorithm.name)
-        params = suggest(spec.space, spec.targets, history, rng, **spec.algorithm.options)
-        if params is None:
-            return None, None, ""
-        return params, resolve(params), spec.algorithm.name
-
     def _relaunch(self, trial: Trial, error: str) -> Trial | None:
         again = trial.model_copy(update={"attempts": trial.attempts + 1, "started": self._clock()})
         if trial.attempts > self.spec.budget.retries:
@@ -317,27 +299,80 @@ class Search:
             self._finish(with_state(trial, "failed", None, why, at=self._clock()))
             return self.ask()
         self._trials[trial.number] = again
-        self._behind.pop(trial.number, None)
+        self._watch.launched(trial.number)
         self.store.start_trial(self.study.id, again)
-        if self._rule != "none":
-            self._curves.pop(trial.number, None)
-            self._recall()  # what the record counts as its curve now
         self.store.add_event(self.study.id, "relaunched", number=trial.number, attempt=again.attempts, error=error)
         return again
 
     def _finish(self, trial: Trial) -> Trial:
         self.shares.pop(trial.number, None)
         self._seconds.pop(trial.number, None)
-        curve = self._curves.pop(trial.number, ())
         if self.store.finish_trial(self.study.id, trial):
             self._trials[trial.number] = trial
             self._paid += trial.outcome.seconds or 0.0 if trial.outcome else 0.0
-            if self._rule != "none":
-                ended = [*self._remembered, trial.model_copy(update={"curve": curve})]
-                self._remembered = stopping.remember(self._rule, ended, self.spec.targets)
+            self._watch.ended(trial)
         else:
             self.store.add_event(self.study.id, "late result refused", number=trial.number, state=trial.state)
         return self._trials[trial.number]
+
+
+def lag_of(spec: Spec) -> int | None:
+    """Returns by how many numbers a trial comes after those that it learns from, or None where it learns from all that ended."""
+    return (spec.budget.parallel or 1) if spec.budget.order == "number" else None
+
+
+def visible(spec: Spec, trials: Sequence[Trial], number: int) -> list[Trial]:
+    """Returns the trials by number, as the one with this number may see them; see `Budget.order`."""
+    lag, ordered = lag_of(spec), sorted(trials, key=lambda trial: trial.number)
+    if lag is None:
+        return ordered
+    # What was refused was so before anything could happen to it; what may have ended or not counts as running.
+    running = {"state": "running", "outcome": None, "error": None, "finished": None}
+    seen = [t if t.number <= number - lag or not t.attempts else t.model_copy(update=running) for t in ordered]
+    return [t.model_copy(update={"finished": float(t.number)}) if t.final else t for t in seen]
+
+
+def next_point(
+    spec: Spec, trials: Sequence[Trial], number: int, resolve: Callable[[Params], Recipe] | None = None
+) -> tuple[Params | None, Recipe | None, str]:
+    """Returns the point of the next trial, its recipe and where it comes from: a pure function of what is known.
+
+    The defaults are first, then the user's start points, then the algorithm proposes; (None, None, "") when nothing is left.
+
+    Args:
+        spec: the study as it is now.
+        trials: that the next one may learn from, by number.
+        number: of the next one.
+        resolve: the recipe of a point, where dimensions are no fields of a recipe; then there are no defaults to begin with.
+    """
+    if number == 0 and resolve is None:
+        return spec.space.project(spec.recipe) or {}, spec.recipe, "defaults"
+    resolve = resolve or functools.partial(spec.space.resolve, defaults=spec.recipe)
+    tried = {space.key(trial.params) for trial in trials} if spec.start else set()
+    for point in spec.start:
+        if space.key(point) not in tried:
+            return point, resolve(point), "start"
+    history = [trial for trial in trials if spec.space.contains(trial.params)]
+    suggest = algorithms.load(spec.algorithm.name)
+    params = suggest(spec.space, spec.targets, history, random.Random(f"{spec.seed}:{number}"), **spec.algorithm.options)
+    return (None, None, "") if params is None else (params, resolve(params), spec.algorithm.name)
+
+
+def watch_of(spec: Spec) -> stopping.Watch:
+    """Returns the stopping rule of a study, which has seen nothing yet."""
+    return stopping.Watch(spec.stopping.name, spec.stopping.options, spec.targets, lag_of(spec))
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of the libraries that suggestions are computed with."""
+    return {name: importlib.metadata.version(name) for name in ("optuna", "pymoo", "numpy", "scipy", "torch")}
+
+
+def _session(spec: Spec) -> dict:
+    """Returns what may differ between the sessions of a study and decides its trials, for a replay."""
+    budget = {"parallel": spec.budget.parallel, "order": spec.budget.order}
+    return {"algorithm": spec.algorithm.model_dump(mode="json"), "stopping": spec.stopping.model_dump(mode="json"),
+            "budget": budget, "versions": versions()}  # fmt: skip
 
 
 def _invalid(outcome: Outcome) -> str:

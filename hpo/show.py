@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hpo.check import Findings
     from hpo.growth import Forecast
+    from hpo.replay import Replay
     from hpo.study import Status, Study
     from hpo.trial import Trial
 
@@ -132,6 +133,23 @@ def outlook_text(told: Forecast | None) -> str:
         f"{told.more} more trials would probably grow the hypervolume by {told.gain:.1%} "
         f"({told.low:.1%} to {told.high:.1%}, 80 %), if it goes on as it did; a search cannot know what it has not seen."
     )
+
+
+def replay_text(found: Replay) -> str:
+    """Returns what a replay came to."""
+    from rich.markup import escape
+
+    lines = [f"{found.suggestions:,} suggestions and {found.decisions:,} decisions on reports derived again"]
+    if found.ordered:
+        lines.append(f"{found.ordered} trials were ordered by you and taken as given")
+    if found.unknown:
+        lines.append(f"{found.unknown} trials are from before the record kept the order of things, and taken as they are")
+    if (parted := found.difference) is None:
+        return "; ".join([*lines, "all as recorded"]) + "."
+    where = f"trial {parted.trial}" + (f" at step {parted.step}" if parted.step is not None else "")
+    told = [f"{'; '.join(lines)}, then {where} differs:", f"  recorded {parted.recorded}", f"  derived  {parted.derived}"]
+    told += [f"  {name} was {was} then and is {now} here" for name, was, now in found.versions]
+    return escape("\n".join(told))
 
 
 def front_table(study: Study, members: list[Trial]):

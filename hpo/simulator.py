@@ -87,6 +87,10 @@ class Ledger:
         self._points.setdefault(number, []).append(point)
         self.note(study, "report", number=number, attempt=attempt, step=point.step, said=said)
 
+    def points(self, study: int) -> dict[tuple[int, int, int], CurvePoint]:
+        """As `Store.points`; there is one attempt."""
+        return {(number, 1, point.step): point for number, points in self._points.items() for point in points}
+
     def add_event(self, study: int, kind: str, **data: Any) -> int:
         """As `Store.add_event`."""
         self.log.append({"id": len(self.log) + 1, "at": 0.0, "kind": kind, **data})

@@ -67,6 +67,9 @@ class Budget(Frozen):
     hours: Number | None = Field(None, gt=0, description="wall-clock hours over all sessions of the study")
     cost: Number | None = Field(None, gt=0, description="of all trials together, at resources.price")
     stall: Stall | None = Field(None, description="no more trials are started once the hypervolume stopped growing")
+    order: Literal["finished", "number"] = Field(
+        "finished", description="number: a trial learns only from those `parallel` numbers before it, whatever ends first"
+    )
     parallel: Whole | None = Field(None, ge=1, le=1024, description="trials at a time; default: what the cluster can grow to")
     retries: Whole = Field(2, ge=0, le=100, description="how often a trial whose worker died is tried again")
 
@@ -581,6 +584,9 @@ def _cross_checks(spec: Spec, broken: frozenset[str] = frozenset()) -> list[Prob
             Problem("resources.workers", f"must be 1 with mode: local, which trains in one process, got {workers}.",
                     "Leave mode out, or workers.")
         )  # fmt: skip
+    if spec.budget.order == "number" and spec.budget.parallel is None:
+        rule = "is needed with order: number, and must stay the same from machine to machine."
+        found.append(Problem("budget.parallel", rule, "Set it to the trials that are to run at a time."))
     for where, asked in (("limits.cost", spec.limits.cost is not None), ("budget.cost", spec.budget.cost is not None),
                          ("objectives", "cost" in spec.objectives)):  # fmt: skip
         if asked and spec.resources.price is None:

@@ -146,11 +146,6 @@ def fixed(
 RULES: dict[str, Rule] = {"none": none, "front": front, "asha": asha, "fixed": fixed}
 
 
-def decide(name: str, options: Mapping[str, Any], history: Sequence[Trial], trial: Trial, objectives: Sequence[Objective]):
-    """Returns the reason of the named rule to end a trial, or None."""
-    return RULES[name](history, trial, objectives, **options)
-
-
 def remember(name: str, trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Trial]:
     """Returns the trials that a rule looks at, by number: the rest of a long history need not be kept with its curves.
 
@@ -164,6 +159,67 @@ def remember(name: str, trials: Sequence[Trial], objectives: Sequence[Objective]
     known = [trial for trial in ordered if eligible(trial)]
     members = {trial.number for trial in front_of(known, objectives)}
     return [trial for trial in known[:-LATEST] if trial.number in members] + known[-LATEST:]
+
+
+class Watch:
+    """The running trials as a stopping rule sees them: their curves, what it remembers of others, whom it ended.
+
+    With a `lag`, a trial is judged by the trials at least that many numbers before it and by no others, whatever happens
+    first: then decisions do not depend on the order in which things happen.
+    """
+
+    def __init__(self, name: str, options: Mapping[str, Any], objectives: Sequence[Objective], lag: int | None = None):
+        self.name, self.options, self.objectives, self.lag = name, options, objectives, lag
+        self.behind: dict[int, str] = {}  # the trials that were ended, with the reason
+        self._curves: dict[int, tuple[CurvePoint, ...]] = {}  # of the running trials
+        self._running: dict[int, Trial] = {}
+        self._remembered: list[Trial] = []
+
+    def recall(self, trials: Sequence[Trial]) -> None:
+        """Takes a history up where a record leaves it; the trials come with their curves."""
+        if self.name != "none":
+            self._curves = {trial.number: trial.curve for trial in trials if not trial.final}
+            self._running = {trial.number: trial for trial in trials if not trial.final}
+            self._remembered = self._kept([trial for trial in trials if trial.final])
+
+    def report(self, trial: Trial, point: CurvePoint) -> str | None:
+        """Returns the rule's reason to end a trial, given its new report."""
+        if self.name == "none" or trial.number in self.behind:
+            return None
+        # A trial that was launched again goes on from an earlier step, or from its beginning.
+        curve = (*(p for p in self._curves.get(trial.number, ()) if p.step < point.step), point)
+        self._curves[trial.number], self._running[trial.number] = curve, trial
+        said = RULES[self.name](self._seen(trial), trial.model_copy(update={"curve": curve}), self.objectives, **self.options)
+        if said:
+            self.behind[trial.number] = said
+        return said
+
+    def launched(self, number: int) -> None:
+        """A trial is launched again, so that what was decided about its last launch counts no more."""
+        self.behind.pop(number, None)
+
+    def ended(self, trial: Trial) -> None:
+        """A trial came to its end, in whatever state."""
+        if self.name != "none":
+            self._running.pop(trial.number, None)
+            curve = self._curves.pop(trial.number, ())
+            self._remembered = self._kept([*self._remembered, trial.model_copy(update={"curve": curve})])
+
+    def _seen(self, trial: Trial) -> list[Trial]:
+        if self.lag is not None:
+            early = [other for other in self._remembered if other.number <= trial.number - self.lag]
+            return remember(self.name, early, self.objectives)
+        if self.name == "front":  # complete trials alone decide
+            return self._remembered
+        others = (self._running[n].model_copy(update={"curve": c}) for n, c in self._curves.items() if n != trial.number)
+        return [*self._remembered, *others]
+
+    def _kept(self, trials: list[Trial]) -> list[Trial]:
+        if self.lag is None:
+            return remember(self.name, trials, self.objectives)
+        # Who comes later must not push out what an earlier trial is still judged by.
+        ordered = sorted(trials, key=lambda trial: trial.number)
+        return [*remember(self.name, ordered[:-REACHED], self.objectives), *ordered[-REACHED:]]
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> list[tuple[str, str]]:

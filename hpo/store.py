@@ -282,6 +282,12 @@ class Store:
             by_trial.setdefault((row.number, row.attempt), []).append(CurvePoint.model_validate_json(row.point))
         return [t.model_copy(update={"curve": tuple(by_trial.get((t.number, t.attempts), ()))}) for t in trials]
 
+    def points(self, study: int) -> dict[tuple[int, int, int], CurvePoint]:
+        """Returns all reports by trial, attempt and step."""
+        with self._begin() as db:
+            rows = db.execute(sa.select(_points).where(_points.c.study == study)).all()
+        return {(row.number, row.attempt, row.step): CurvePoint.model_validate_json(row.point) for row in rows}
+
     def start_trial(self, study: int, trial: Trial) -> None:
         """Adds a trial, or starts one again that is still running by the record (another attempt)."""
         with self._begin() as db:

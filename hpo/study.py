@@ -35,6 +35,8 @@ from training.recipe import DataConfig, Job, Outcome, Train
 if TYPE_CHECKING:
     import pandas
 
+    from hpo.replay import Replay
+
 
 @dataclass
 class Status:
@@ -103,6 +105,15 @@ class Study:
         kept = [event["point"] for event in self.store.events(record.id, kinds=("reference",))]
         point = kept[0] if kept else growth.reference(trials, targets, record.spec.limits_of_losses)
         return growth.forecast(growth.volumes(trials, targets, point), more=more) if point else None
+
+    def replay(self) -> Replay:
+        """Derives every suggestion and every decision to stop again from the record, and says where they part, if they do.
+
+        Nothing is trained: outcomes are taken from the record.
+        """
+        from hpo.replay import replay
+
+        return replay(self.store, self.record)
 
     def winner(
         self, by: str | None = None, *, weights: Mapping[str, float] | None = None, limits: Mapping[str, float] | None = None

@@ -147,7 +147,7 @@ def random_history(chance: random.Random) -> list[Trial]:
             trial = Trial.model_construct(number=number, params={}, recipe=RECIPE, curve=whole[:upto], state="running")
             if chance.random() < 0.03:
                 ended, share = chance.choice(["diverged", "infeasible", "failed", "running", "cancelled"]), upto / 4
-            elif upto < 4 and stopping.decide(name, options, history, trial, THREE):
+            elif upto < 4 and stopping.RULES[name](history, trial, THREE, **options):
                 ended, share = "stopped", upto / 4
             if ended != "complete":
                 break
