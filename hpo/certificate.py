@@ -121,5 +121,6 @@ class Certificate(Frozen):
     reruns: tuple[Rerun, ...] = ()
     allowed: float | None = Field(None, description="seconds of training that might be spent on training again")
     said: tuple[str, ...] = Field((), description="verdict and optimism in words")
+    insights: tuple[str, ...] = Field((), description="what the trials say of the hyperparameters")
     machine: dict[str, Any] = Field(default_factory=dict, description="device, cores, versions, slow-down during the search")
     made: float = Field(description="seconds since the epoch")

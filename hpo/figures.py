@@ -18,7 +18,8 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from hpo.certificate import Certificate
-from hpo.importance import importance, position
+from hpo.importance import Explained, explain, position
+from hpo.insight import insights
 from hpo.objectives import Objective, losses
 from hpo.pareto import eligible
 from hpo.space import Choice, Float, Int, Space
@@ -80,6 +81,16 @@ class View:
     @cached_property
     def defaults(self) -> Trial | None:
         return next((trial for trial in self.trials if trial.origin == "defaults"), None)
+
+    @cached_property
+    def explained(self) -> list[Explained]:
+        """What the trials say of each objective."""
+        return [explain(self.space, self.trials, objective) for objective in self.objectives]
+
+    @cached_property
+    def insights(self) -> list[str]:
+        """The same in sentences."""
+        return [one.text for one in insights(self.space, self.trials, self.objectives, self.explained)]
 
     def roles(self, trial: Trial) -> list[str]:
         named = {"winner": self.winner, "defaults": self.defaults}
@@ -419,7 +430,7 @@ def _outcomes(axis: Axis, trials: Sequence[Trial]):
 
 
 def _importance(view: View):
-    found = [(axis, importance(view.space, view.trials, axis.objective)) for axis in view.axes]
+    found = [(axis, known.importances) for axis, known in zip(view.axes, view.explained, strict=True)]
     found = [(axis, items) for axis, items in found if items]
     if not found:
         return None

@@ -1,6 +1,6 @@
 """Which hyperparameter mattered, as far as the trials can say.
 
-Owns: `Importance`, how it is estimated, and `position`, the place of a value in its dimension.
+Owns: `Importance` and `Effect`, how they are estimated, and `position`, the place of a value in its dimension.
 Must not know: stores, algorithms, how it is drawn.
 
 Trials are fitted by a random forest and one dimension at a time is shuffled among trials that the forest did not see
@@ -28,6 +28,10 @@ TREES = 16  # per resample
 SHUFFLES = 8  # per resample and dimension
 
 
+LEVELS = 7  # of a range, at which the mean prediction is taken
+AVERAGED = 40  # trials over which it is taken, at most
+
+
 @dataclass(frozen=True)
 class Importance:
     """The share of an objective's variance that a dimension explains, with the 95 % range over resampled trials."""
@@ -36,6 +40,28 @@ class Importance:
     share: float
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class Effect:
+    """The mean prediction of an objective at some values of one dimension (partial dependence, Friedman 2001, section 8.2).
+
+    Attributes:
+        values: of the dimension, in its order, within what was tried.
+        losses: for each resample the loss at each value; smaller is better.
+    """
+
+    name: str
+    values: tuple[Value, ...]
+    losses: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What the trials say of one objective: the dimensions by falling share, and the effect of each."""
+
+    importances: tuple[Importance, ...] = ()
+    effects: tuple[Effect, ...] = ()
 
 
 def position(dimension: Float | Int | Choice, value: Value) -> float:
@@ -66,18 +92,26 @@ def importance(space: Space, trials: Sequence[Trial], objective: Objective, *, s
     A dimension that took one value in all complete trials is left out: nothing is known of it. One that exists only
     under a condition is shuffled among the trials that have it, and counts for as much as they make up.
     """
+    return list(explain(space, trials, objective, seed=seed).importances)
+
+
+def explain(space: Space, trials: Sequence[Trial], objective: Objective, *, seed: int = 0) -> Explained:
+    """Returns importances and effects from the same forests; nothing where `reason` says why."""
     if reason(space, trials, objective):
-        return []
+        return Explained()
     import numpy as np
     from sklearn.ensemble import RandomForestRegressor
 
     rows, values = _rows(space, trials, objective)
     names = _varied(space, rows)
     y = np.array(values)
-    y = (y - y.mean()) / y.std()
+    center, spread = y.mean(), y.std()
+    y = (y - center) / spread
     count = len(y)
     rng = np.random.default_rng(seed)
     rises: list[list[float]] = []
+    levels = {name: _levels(space[name], [row[name] for row in rows if name in row]) for name in names}
+    curves: dict[str, list[list[float]]] = {name: [] for name in names}
     while len(rises) < RESAMPLES:
         inside = rng.integers(count, size=count)
         outside = np.setdiff1d(np.arange(count), inside)
@@ -95,8 +129,18 @@ def importance(space: Space, trials: Sequence[Trial], objective: Objective, *, s
                 block = blocks[j].copy()
                 block[having] = block[rng.permutation(having)]
                 tests.append(np.hstack([*blocks[:j], block, *blocks[j + 1 :]])[outside])
-        # One call for all shuffles: most of the time of a prediction is overhead.
-        guesses = forest.predict(np.vstack(tests)).reshape(len(tests), len(outside))
+        at = {name: _at(space[name], blocks, j, levels[name], rng.permutation([i for i in range(count) if name in rows[i]]))
+              for j, name in enumerate(names)}  # fmt: skip
+        # One call for all shuffles and levels: most of the time of a prediction is overhead.
+        stacked = [*tests, *(block for given in at.values() for block in given)]
+        predicted = forest.predict(np.vstack(stacked))
+        shuffled = len(tests) * len(outside)
+        guesses = predicted[:shuffled].reshape(len(tests), len(outside))
+        for name, given in at.items():
+            size = len(given[0])
+            means = predicted[shuffled : shuffled + size * len(given)].reshape(len(given), size).mean(axis=1)
+            curves[name].append((means * spread + center).tolist())
+            shuffled += size * len(given)
         errors = ((guesses - y[outside]) ** 2).mean(axis=1)
         rises.append((errors[1:].reshape(len(names), SHUFFLES).mean(axis=1) - errors[0]) / 2)
     table = np.maximum(np.array(rises), -1.0)
@@ -106,7 +150,8 @@ def importance(space: Space, trials: Sequence[Trial], objective: Objective, *, s
         Importance(name, *(float(min(max(value, 0.0), 1.0)) for value in (share, low, max(high, share))))
         for name, share, low, high in zip(names, shares, lows, highs, strict=True)
     ]
-    return sorted(found, key=lambda item: -item.share)
+    effects = (Effect(name, tuple(levels[name]), tuple(map(tuple, curves[name]))) for name in names)
+    return Explained(tuple(sorted(found, key=lambda item: -item.share)), tuple(effects))
 
 
 def _rows(space: Space, trials: Sequence[Trial], objective: Objective) -> tuple[list[dict[str, Value]], list[float]]:
@@ -122,6 +167,28 @@ def _varied(space: Space, rows: Sequence[dict[str, Value]]) -> list[str]:
 
 def _order(dimension: Choice) -> list[Value]:
     return sorted(dimension.values) if _numeric(dimension) else list(dimension.values)
+
+
+def _levels(dimension: Float | Int | Choice, tried: Sequence[Value]) -> list[Value]:
+    """Returns the values at which an effect is looked at: those tried of a choice, else levels within what was tried."""
+    if isinstance(dimension, Choice):
+        return [value for value in _order(dimension) if any(value == t and type(value) is type(t) for t in tried)]
+    low, high = min(tried), max(tried)
+    within = [level for level in dimension.levels(LEVELS) if low < level < high]
+    return [low, *within, high]
+
+
+def _at(dimension: Float | Int | Choice, blocks: Sequence, j: int, levels: Sequence[Value], chosen) -> list:
+    """Returns for each level the encoded trials that have the dimension, with the level in its place."""
+    import numpy as np
+
+    chosen = chosen[:AVERAGED]
+    stand_in = np.random.default_rng(0)  # nothing is missing, so nothing is drawn
+    made = []
+    for level in levels:
+        block = np.repeat(_encode(dimension, [level], stand_in), len(chosen), axis=0)
+        made.append(np.hstack([*(b[chosen] for b in blocks[:j]), block, *(b[chosen] for b in blocks[j + 1 :])]))
+    return made
 
 
 def _numeric(dimension: Choice) -> bool:

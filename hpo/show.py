@@ -120,6 +120,8 @@ def study_text(study: Study):
         if t.state in ("failed", "diverged", "infeasible") and t.error
     ][:5]
     parts += [line for line in _winner_lines(study) if line]
+    if said := study.insights():
+        parts += ["[bold]What mattered[/bold]", *(f"  {escape(line)}" for line in said)]
     if said := outlook_text(study.outlook()):
         parts.append(said)
     return Group(*parts)
@@ -230,6 +232,7 @@ def study_record(study: Study) -> dict[str, Any]:
         "study": spec.name, "running": study.running(), "outlook": dataclasses.asdict(told) if told else None,
         "trials": [row(t) for t in study.history()],
         "front": [t.number for t in study.front()], "winner": winner.number if winner else None,
+        "insights": study.insights(),
         "certificate": certificate.model_dump(exclude={"rows"}) if certificate else None,
         "report": str(spec.folder / "report.html"),
     }  # fmt: skip

@@ -189,13 +189,20 @@ class Study:
             raise NotFound(f"No figure {kind!r} for this study. There are: {', '.join(found)}.")
         return found[kind]
 
-    def report(self, path: str | Path | None = None) -> Path:
+    def insights(self) -> list[str]:
+        """Returns what the trials say of the hyperparameters, in sentences; [] where they cannot tell."""
+        certificate, last = self.certificate, max((t.finished or 0 for t in self.history()), default=0)
+        if certificate is not None and certificate.made >= last:
+            return list(certificate.insights)
+        return self.view().insights
+
+    def report(self, path: str | Path | None = None, *, view: Any = None) -> Path:
         """Writes the report as one HTML file and returns its path; by default into the study's folder."""
         from hpo import report
 
         path = Path(path) if path else self.spec.folder / "report.html"
         path.parent.mkdir(parents=True, exist_ok=True)
-        report.write(self.view(), path)
+        report.write(view or self.view(), path)
         return path
 
     # From the winner to a model, and to an endpoint
@@ -621,7 +628,10 @@ def _finish(study: Study, data: DataConfig, backend: _Backend, tell: Callable) -
         )
         study.store.set_certificate(record.id, made)
     tell(phase="writing the report", running={}, left=None)
-    study.report()
+    view = study.view()
+    if (made := study.certificate) is not None and list(made.insights) != view.insights:
+        study.store.set_certificate(record.id, made.model_copy(update={"insights": tuple(view.insights)}))
+    study.report(view=view)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ PACKAGES = ("hpo", "training", "serving", "search_spaces")
 LAYERS = (
     ("errors", "space", "trial", "objectives", "pareto", "certificate", "model"),  # words: what is searched, wanted, claimed
     # Pure functions of them.
-    ("algorithms", "gate", "growth", "stopping", "importance", "extensions", "choosing", "verdict"),
+    ("algorithms", "gate", "growth", "stopping", "importance", "insight", "extensions", "choosing", "verdict"),
     ("spec",),  # a study as a user writes it
     ("store", "steer"),  # the record, and orders to who runs a study
     ("search",),  # the heart: ask, report, tell
