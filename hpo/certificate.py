@@ -107,6 +107,45 @@ class Optimism(Frozen):
     seeds: int
 
 
+class Compared(Frozen):
+    """One metric of all compared models, on the same test rows."""
+
+    name: str
+    goal: Literal["maximize", "minimize"]
+    rows: int
+    values: dict[str, Interval] = Field(description="by who")
+    differences: dict[str, Interval] = Field(description="winner minus each of the others, paired bootstrap over rows")
+    worse: tuple[str, ...] = Field((), description="whom the winner is worse than: the interval lies wholly on the wrong side")
+
+
+class Slice(Frozen):
+    """The accuracy of all compared models on some of the test rows; `gain` is the winner's over the one it is compared with."""
+
+    by: str
+    group: str
+    rows: int
+    accuracy: dict[str, float]
+    gain: Interval
+    worse: bool
+
+
+class Retained(Frozen):
+    """What tuned models still know: perplexities on general text, and their relative rise against the untuned one."""
+
+    text: str
+    texts: int
+    tokens: int
+    perplexity: dict[str, float] = Field(description="by who")
+    rise: dict[str, Interval] = Field(description="by who: 0.1 is a tenth more, paired bootstrap over texts")
+
+
+class Overlap(Frozen):
+    """Rows on two sides: those that were `removed` from training or validation rows, and test rows `left` in training."""
+
+    removed: int
+    left: int
+
+
 class Certificate(Frozen):
     """The winner of a study, why it was chosen, and how it does on untouched rows."""
 
@@ -122,5 +161,9 @@ class Certificate(Frozen):
     allowed: float | None = Field(None, description="seconds of training that might be spent on training again")
     said: tuple[str, ...] = Field((), description="verdict and optimism in words")
     insights: tuple[str, ...] = Field((), description="what the trials say of the hyperparameters")
+    metrics: tuple[Compared, ...] = ()
+    breakdown: tuple[Slice, ...] = ()
+    retained: Retained | None = None
+    overlap: Overlap | None = None
     machine: dict[str, Any] = Field(default_factory=dict, description="device, cores, versions, slow-down during the search")
     made: float = Field(description="seconds since the epoch")

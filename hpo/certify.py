@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hpo import evidence
+from hpo import evidence, extensions
 from hpo.certificate import Certificate, Interval, Measured, Scored, SideBySide
 from hpo.choosing import choose
+from hpo.comparison import breakdown, metrics_of, retained
 from hpo.objectives import Objective
 from hpo.pareto import eligible, front
 from hpo.search import job_of
@@ -212,7 +213,14 @@ def _compared(
     gain = interval([w - d for w, d in zip(right["winner"], right["defaults"], strict=True)]) if "defaults" in right else None
     rows = tuple(SideBySide(**({"defaults": None} | row)) for row in found["rows"])
     machine = found["machine"] | {"device": winner.outcome.conditions.get("device", "")} | _slow_down(trials, found["machine"])
-    return certificate.model_copy(update={"scores": scores, "gain": gain, "rows": rows, "machine": machine})
+    seen = {
+        "metrics": metrics_of(found["models"], extensions.goals(spec)),
+        "breakdown": breakdown(found["models"], found.get("groups", {})),
+        "retained": retained(found["models"], spec.evaluation.retention or ""),
+        "overlap": found.get("overlap"),
+    }
+    update = {"scores": scores, "gain": gain, "rows": rows, "machine": machine} | seen
+    return Certificate.model_validate(certificate.model_dump() | update)
 
 
 def _slow_down(trials: Sequence[Trial], machine: dict) -> dict[str, float]:

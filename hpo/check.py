@@ -20,7 +20,7 @@ from hpo.errors import InputError, Problem, SpecError
 from hpo.space import Params
 from hpo.spec import Loaded, Spec
 from training import data as training_data
-from training import memory
+from training import memory, retention
 from training.data import Rows, Tokenized
 from training.model import Shape, describe, load_tokenizer, match
 from training.recipe import Recipe, clashes
@@ -110,6 +110,11 @@ def _look(
         rows = training_data.read(spec.data) if sound("data") else None
     except InputError as error:
         found += error.problems
+    if spec.evaluation.retention is not None and sound("evaluation"):
+        try:
+            retention.read(spec.evaluation.retention)
+        except InputError as error:
+            found += error.problems
     if any(stage for stage in _values(spec, "zero_stage")) and importlib.util.find_spec("deepspeed") is None:
         found.append(
             Problem("recipe.zero_stage", "needs DeepSpeed, which is not installed.", "pip install 'paretune[deepspeed]'.")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from hpo.certificate import Interval, Scored
+from hpo.certificate import Interval, Retained, Scored
 from training.recipe import Frozen, Recipe
 
 # candidate: registered, answers nobody yet. live: answers. previous: answered before the live one; what a rollback returns to.
@@ -46,6 +46,7 @@ class Model(Frozen):
     refused: str = Field("", description="why it may not be deployed; empty where it may")
     scores: tuple[Scored, ...] = ()
     gain: Interval | None = Field(None, description="accuracy of the model minus that of the untuned base, paired over rows")
+    retained: Retained | None = Field(None, description="what it and the untuned base know of the study's general text")
     checks: dict[str, Any] = Field(default_factory=dict, description="merged against adapter: differences and their bounds")
     prompts: tuple[tuple[str, str], ...] = Field((), description="real prompts with the answers that the merged model must give")
 

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpo.certificate import Scored
+from hpo import comparison
+from hpo.certificate import Retained, Scored
 from hpo.certify import Call, interval
 from hpo.errors import InputError, NotFound, Problem
 from hpo.model import Lineage, Model
@@ -69,7 +70,7 @@ class Promotion:
         job = job_of(self.trial, self.spec, self.data)
         # The validation rows may be trained on, so their score says nothing: one, at the end, is all that the loop asks for.
         update = {"rows": self.spec.promote.rows, "output": str(self.work / "retrained")}
-        return job.model_copy(update=update | {"evaluation": job.evaluation.model_copy(update={"reports": 1})})
+        return job.model_copy(update=update | {"evaluation": job.evaluation.model_copy(update={"reports": 1, "metrics": ()})})
 
     @property
     def precision(self) -> str:
@@ -77,7 +78,9 @@ class Promotion:
 
     @property
     def key(self) -> str:
-        promote = self.spec.promote.model_dump(exclude={"accuracy", "gain"}) | {"model": self.name}
+        promote = self.spec.promote.model_dump(exclude={"accuracy", "gain", "retention"}) | {"model": self.name}
+        if self.spec.evaluation.retention is not None:
+            promote |= {"retention": self.spec.evaluation.retention}
         said = [
             self.spec.name,
             self.record.created,
@@ -123,7 +126,7 @@ def promote(
             store.add_step(promotion.key, record.id, name, done[name])
     shutil.rmtree(promotion.work, ignore_errors=True)
     model = store.model(promotion.name, done["register"]["version"])
-    refused = refusal(record.spec.promote, model.scores)
+    refused = refusal(record.spec.promote, model.scores, model.retained)
     if model.refused != refused:  # the thresholds were edited since
         model = store.update_model(model.model_copy(update={"refused": refused}))
     return model
@@ -190,7 +193,10 @@ def _keep(promotion: Promotion, done: dict[str, Any]) -> dict[str, Any]:
     kept, why = better(scored["trial"], scored.get("retrained"), done["retrain"])
     right = {m["who"]: m["right"] for m in found}
     gain = interval([a - b for a, b in zip(right[kept], right["untuned"], strict=True)])
+    both = [m for m in found if m["who"] in ("untuned", kept)]
+    retained = comparison.retained(both, promotion.spec.evaluation.retention or "")
     return {"kept": kept, "why": why, "gain": gain.model_dump(), "scores": [s.model_dump() for s in scored.values()],
+            "retained": retained.model_dump() if retained else None,
             "folder": retrained if kept == "retrained" else promotion.trial.outcome.checkpoint}  # fmt: skip
 
 
@@ -216,11 +222,12 @@ def better(trial: Scored, retrained: Scored | None, ended: dict[str, Any]) -> tu
     )
 
 
-def refusal(thresholds: Promote, scores: Sequence[Scored]) -> str:
-    """Returns why a model may not be deployed, or "": its accuracy or its gain over the untuned base is too small.
+def refusal(thresholds: Promote, scores: Sequence[Scored], retained: Retained | None = None) -> str:
+    """Returns why a model may not be deployed, or "": accuracy or gain over the untuned base too small, too much forgotten.
 
     Args:
         scores: the untuned base first, the kept model last.
+        retained: what both know of the general text, where there is one.
     """
     untuned, kept = scores[0], scores[-1]
     if kept.accuracy.value < thresholds.accuracy:
@@ -228,6 +235,14 @@ def refusal(thresholds: Promote, scores: Sequence[Scored]) -> str:
     gain = kept.accuracy.value - untuned.accuracy.value
     if gain <= thresholds.gain:
         return f"the gain over the untuned base, {gain:+.3f} on the test rows, is not above promote.gain, {thresholds.gain:g}"
+    if thresholds.retention is None:
+        return ""
+    if retained is None or not retained.rise:
+        return "how much of general text it forgot (promote.retention) was not measured when it was made"
+    (rise,) = retained.rise.values()
+    if rise.value > thresholds.retention:
+        return (f"its perplexity on {retained.text} is {100 * rise.value:+.1f} % against the untuned base's, above "
+                f"promote.retention, {100 * thresholds.retention:g} %")  # fmt: skip
     return ""
 
 
@@ -275,9 +290,11 @@ def _model(promotion: Promotion, done: dict[str, Any], *, folder: str, digest: s
         machine={n: v for n, v in (certificate.machine if certificate else {}).items() if n not in MOMENTARY},
     )  # fmt: skip
     merged = done["merge"]
+    retained = Retained.model_validate(keep["retained"]) if keep.get("retained") else None
     return Model(
         name=promotion.name, version=0, key=promotion.key, folder=folder, digest=digest, created=time.time(), lineage=lineage,
-        kept=keep["kept"], why=keep["why"], refused=refusal(promotion.spec.promote, scores), scores=tuple(scores),
+        kept=keep["kept"], why=keep["why"], refused=refusal(promotion.spec.promote, scores, retained), scores=tuple(scores),
+        retained=retained,
         gain=keep["gain"], checks=merged["checks"],
         prompts=tuple(zip(promotion.prompts, merged.get("answers", ()), strict=False)),
     )  # fmt: skip

@@ -17,6 +17,7 @@ from hpo.certificate import Certificate
 from hpo.figures import Axis, View, counts, duration, figures, plain, points, setting
 from hpo.importance import reason
 from hpo.pareto import eligible
+from hpo.report_comparison import tables
 from hpo.trial import Trial
 
 ROWS = 20  # held-out rows shown
@@ -55,6 +56,7 @@ def render(view: View) -> str:
         undrawn=counts(trial for trial in view.trials if not eligible(trial)),
         silent=silent,
         scores=_scored(view),
+        comparison=tables(view.certificate),
         answers=_answers(view),
         ended=_ended(view),
         more=max(0, sum(_without_result(trial) for trial in view.trials) - ENDED),

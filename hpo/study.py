@@ -6,6 +6,7 @@ Owns: `run`, `open_study`, `Study`. Must not know: how a command line or a noteb
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import signal
 import threading
@@ -29,7 +30,7 @@ from hpo.spec import Loaded, Spec
 from hpo.steer import Steer, hull, orders, steered
 from hpo.store import Record, Store, open_store
 from hpo.trial import Trial
-from training import sources
+from training import retention, sources
 from training.recipe import DataConfig, Job, Outcome, Train
 
 if TYPE_CHECKING:
@@ -447,6 +448,7 @@ def _enter(store: Store, loaded: Loaded, digest: str) -> tuple[Record, DataConfi
             pass  # whoever is refused because the study is being run must not have changed its record
         spec = _continued(old, loaded, digest)
     data = _snapshot(spec, digest) if digest else spec.data
+    spec = _with_general_text(spec) if digest else spec
     return store.add_study(spec, loaded.written, digest), data
 
 
@@ -466,14 +468,19 @@ def _continued(old: Record, loaded: Loaded, digest: str) -> Spec:
         raise StudyChanged(*found, Problem(loaded.spec.name, rule, "Give it another name, or undo the change."))
     fixed = {name: getattr(old.spec, name) for name in specs.FIXED if name != "data"}
     fixed["recipe"] = old.spec.recipe.model_copy(update={"model": loaded.spec.recipe.model})
-    fixed["evaluation"] = old.spec.evaluation.model_copy(update={"batch_size": loaded.spec.evaluation.batch_size})
+    fixed["evaluation"] = old.spec.evaluation.model_copy(
+        update={name: getattr(loaded.spec.evaluation, name) for name in FREE["evaluation"]}
+    )
     return loaded.spec.model_copy(update=fixed)
 
 
+# A model's folder may be found elsewhere each time (what was written for it is compared); how many rows are scored at once
+# changes no score of a trial, nor does the general text.
+FREE = {"recipe": {"model"}, "evaluation": {"batch_size", "retention"}}
+
+
 def _fixed(spec: Spec, name: str) -> Any:
-    # A model's folder may be found elsewhere each time (what was written for it is compared); how many rows are scored at
-    # once changes no score.
-    value, free = getattr(spec, name), {"recipe": {"model"}, "evaluation": {"batch_size"}}.get(name)
+    value, free = getattr(spec, name), FREE.get(name)
     return value.model_dump(exclude=free) if free else value
 
 
@@ -512,6 +519,15 @@ def _snapshot(spec: Spec, digest: str) -> DataConfig:
         if (given := getattr(spec.data, name)) is not None:
             update[name] = str(sources.keep(given, name, f"data.{name}", folder))
     return spec.data.model_copy(update=update)
+
+
+def _with_general_text(spec: Spec) -> Spec:
+    """Copies the general text into the study's folder, where every node sees it, and names the copy."""
+    if (given := spec.evaluation.retention) is None:
+        return spec
+    name = hashlib.sha256("\n".join(retention.read(given)).encode()).hexdigest()[:16]
+    kept = str(sources.keep(given, "train", "evaluation.retention", spec.folder / "data" / name))
+    return spec.model_copy(update={"evaluation": spec.evaluation.model_copy(update={"retention": kept})})
 
 
 def _keep_quality(spec: Spec, digest: str) -> None:

@@ -21,7 +21,8 @@ LAYERS = (
     ("store", "steer"),  # the record, and orders to who runs a study
     ("search",),  # the heart: ask, report, tell
     # What a run is made of.
-    ("check", "local", "simulator", "replay", "tune", "evidence", "certify", "figures", "report", "promote", "endpoint"),
+    ("check", "local", "simulator", "replay", "tune", "evidence", "certify", "figures", "report", "promote", "endpoint",
+     "comparison", "report_comparison"),
     ("study", "draft", "doctor"),  # the facade, and what helps to begin
     ("show", "show_models", "terminal", "cli_models", "cli_data", "cli_steer", "cli", "__init__", "__main__"),  # doors
 )

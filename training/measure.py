@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from training import checkpoint, evaluate
-from training.data import Rows, Tokenized, prepare, read, sample
+from training import checkpoint, evaluate, metrics, retention
+from training.data import Prepared, Rows, Tokenized, prepare, read, sample
 from training.meter import gemm_seconds
 from training.model import computing, describe, device_of, load_model, load_tokenizer
-from training.recipe import Job, Recipe
+from training.recipe import EvaluationConfig, Job, Recipe
 from training.run import Run, set_up
 from training.schedule import plan, rate, supervised
 from training.world import World, versions
@@ -72,41 +72,68 @@ def compare(models: list[dict], job: dict, *, shown: int = 20) -> dict[str, Any]
         models: each `who`, `recipe` and `checkpoint` (None for the untuned base); the last one is the winner, the one before
             it what it is compared with.
         job: gives data, evaluation and resources.
-        shown: rows to show, those first where the winner is wrong and the other right, then the other way round.
+        shown: of the rows that were answered in words those to show, those first where the winner is wrong and the other
+            right, then the other way round.
 
     Returns:
-        `models`: for each `who`, `right`, `nll`, `tokens` per row; `rows`: for each shown row `prompt`, `expected`, and the
-        answer by `who`; `machine`: versions, device and how fast it is now.
+        `models`: for each `who`, `right`, `nll`, `tokens` per row, `metrics` (of each that there is and of the user's own the
+        statistics of each row) and `retention` (`nll` and `tokens` of each text, where there is one); `rows`: for each shown
+        row `prompt`, `expected`, and the answer by `who`; `groups`: what rows can be told apart by; `overlap`: rows on two
+        sides; `machine`: versions, device and how fast it is now.
     """
     given = Job.model_validate(job)
-    device = device_of(given.resources)
-    read_rows = read(given.data)
-    scored, chosen = _score(models, given, device, read_rows), []
-    order = (
-        _telling(scored[-1]["right"], scored[-2]["right"])[:shown]
-        if len(scored) > 1
-        else list(range(min(shown, len(scored[0]["right"]))))
-    )
-    answers: dict[str, list[str]] = {}
+    device, read_rows = device_of(given.resources), read(given.data)
+    scored, answers = [], {}
     for entry in models:
         with_model = _Loaded(entry, device)
-        prepared = prepare(read_rows, given.data, with_model.tokenizer, with_model.recipe.max_length, cache=given.cache)
-        held_out = sample(prepared.test, given.evaluation.test_rows, seed=0)
-        chosen = Tokenized([held_out.ids[i] for i in order], [held_out.prompt_lengths[i] for i in order])
-        with with_model.autocast():
-            answers[entry["who"]] = evaluate.greedy_answers(with_model.model, chosen, with_model.tokenizer)
         tokenizer = with_model.tokenizer
+        prepared = prepare(read_rows, given.data, tokenizer, with_model.recipe.max_length, cache=given.cache)
+        held_out = sample(prepared.test, given.evaluation.test_rows, seed=0)
+        scores, answers[entry["who"]] = _everything(with_model, held_out, prepared, given)
+        scored.append({"who": entry["who"], **scores})
         del with_model
         gc.collect()
+    first = scored[-2]["right"] if len(scored) > 1 else scored[-1]["right"]
+    order = [i for i in _telling(scored[-1]["right"], first) if i in answers[models[-1]["who"]]][:shown]
+    texts = [
+        tokenizer.decode(held_out.ids[i][: held_out.prompt_lengths[i]], skip_special_tokens=True) for i in order
+    ]  # fmt: skip
+    expected = [evaluate.expected_answer(*row, tokenizer) for row in zip(held_out.ids, held_out.prompt_lengths, strict=True)]
     rows = [
-        {
-            "prompt": tokenizer.decode(ids[:length], skip_special_tokens=True),
-            "expected": tokenizer.decode(ids[length:], skip_special_tokens=True).strip(),
-            **{who: texts[i] for who, texts in answers.items()},
-        }
-        for i, (ids, length) in enumerate(zip(chosen.ids, chosen.prompt_lengths, strict=True))
+        {"prompt": text, "expected": expected[i], **{who: said[i] for who, said in answers.items()}}
+        for i, text in zip(order, texts, strict=True)
     ]
-    return {"models": scored, "rows": rows, "machine": _machine()}
+    groups = {"answer": expected, "tokens of the prompt": held_out.prompt_lengths, "tokens of the answer": scored[-1]["tokens"]}
+    return {"models": scored, "rows": rows, "groups": groups, "overlap": _overlap(read_rows, prepared.train, held_out),
+            "machine": _machine()}  # fmt: skip
+
+
+def _everything(
+    with_model: _Loaded, held_out: Tokenized, prepared: Prepared, given: Job
+) -> tuple[dict[str, Any], dict[int, str]]:
+    """Returns all that is measured of one model on the test rows, and its answers by row."""
+    config = given.evaluation
+    with with_model.autocast():
+        plain = given.model_copy(update={"evaluation": config.model_copy(update={"metrics": ()})})
+        scores = evaluate.score_rows(with_model.model, held_out, prepared, plain)
+        found, said = evaluate.statistics(
+            with_model.model, held_out, scores, metrics.METRICS | metrics.chosen(config.metrics), tokenizer=with_model.tokenizer,
+            answered=evaluate.chosen_rows(len(held_out), config.answers), limit=evaluate.answer_limit(config, held_out),
+            batch_size=config.batch_size,
+        )  # fmt: skip
+        found |= {name: [[value, 1.0] for value in scores.pop(name)] for name in evaluate.own_scores(given)}
+        return scores | {"metrics": found, "retention": with_model.retention(config)}, said
+
+
+def _overlap(read_rows: Rows, train: Tokenized, held_out: Tokenized) -> dict[str, int]:
+    """Returns how many rows were taken out because they stood on two sides, and how many test rows training still has."""
+
+    def asked(rows: Tokenized) -> list[tuple[int, ...]]:
+        return [tuple(ids[:length] or ids) for ids, length in zip(rows.ids, rows.prompt_lengths, strict=True)]
+
+    known = set(asked(train))
+    removed = sum(found.count for found in read_rows.found if found.kind in ("leak", "near_leak") and found.action == "drop")
+    return {"removed": removed, "left": sum(row in known for row in asked(held_out))}
 
 
 def judge(models: list[dict], job: dict) -> dict[str, Any]:
@@ -117,20 +144,22 @@ def judge(models: list[dict], job: dict) -> dict[str, Any]:
         job: gives data, evaluation and resources.
 
     Returns:
-        `models`: for each `who`, `right`, `nll`, `tokens` per row, in the rows' order; `machine`.
+        `models`: for each `who`, `right`, `nll`, `tokens` per row, in the rows' order, and `retention` as `compare`; `machine`.
     """
     given = Job.model_validate(job)
     return {"models": _score(models, given, device_of(given.resources), read(given.data)), "machine": _machine()}
 
 
 def _score(models: list[dict], given: Job, device: str, rows: Rows) -> list[dict[str, Any]]:
-    scored = []
+    scored, plain = [], given.model_copy(update={"evaluation": given.evaluation.model_copy(update={"metrics": ()})})
     for entry in models:
         with_model = _Loaded(entry, device)
         prepared = prepare(rows, given.data, with_model.tokenizer, with_model.recipe.max_length, cache=given.cache)
         held_out = sample(prepared.test, given.evaluation.test_rows, seed=0)
         with with_model.autocast():
-            scored.append({"who": entry["who"], **evaluate.score_rows(with_model.model, held_out, prepared, given)})
+            scores = evaluate.score_rows(with_model.model, held_out, prepared, plain)
+            scored.append({"who": entry["who"], **{name: scores[name] for name in ("right", "nll", "tokens")},
+                           "retention": with_model.retention(given.evaluation)})  # fmt: skip
         del with_model
         gc.collect()
     return scored
@@ -154,6 +183,14 @@ class _Loaded:
 
     def autocast(self):
         return computing(self.recipe.precision, self.device)
+
+    def retention(self, config: EvaluationConfig) -> dict[str, list] | None:
+        """Returns what is still known of the general text, where there is one."""
+        if config.retention is None:
+            return None
+        return retention.score(
+            self.model, config.retention, self.tokenizer, max_length=self.recipe.max_length, batch_size=config.batch_size
+        )
 
 
 def _telling(winner: list[float], other: list[float]) -> list[int]:

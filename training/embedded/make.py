@@ -1,6 +1,6 @@
 """Makes the embedded model and its task: `python -m training.embedded.make all --out DIR --seed 0`.
 
-Owns the four steps, in their order: text (generated, `text.py`), tokenizer, pretraining, task files (`task.py`).
+Owns the steps, in their order: text (generated, `text.py`), tokenizer, pretraining, task files (`task.py`), general text.
 Each step reads what the one before wrote below `--out`, so one can be repeated alone.
 """
 
@@ -25,6 +25,7 @@ DOCUMENTS = 90_000
 VOCABULARY = 1024
 CONTEXT = 256
 SHORT = 64
+GENERAL = 200
 SHORT_SHARE = 0.85
 TOKENS_PER_STEP = 2048
 PEAK_RATE = 3e-3
@@ -45,6 +46,13 @@ def make_text(out: Path, seed: int, count: int) -> None:
     with (out / "text.jsonl").open("w", encoding="utf-8") as file:
         for document in itertools.islice(documents(random.Random(seed)), count):
             file.write(json.dumps(document) + "\n")
+
+
+def make_general(out: Path, seed: int, count: int) -> None:
+    """Writes `general.jsonl`: what comes next in the text that the model was pretrained on, one document per row."""
+    following = itertools.islice(documents(random.Random(seed)), count, count + GENERAL)
+    lines = (json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in following)
+    (out / "general.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def _read_text(out: Path) -> list[str]:
@@ -175,7 +183,7 @@ def pretrain(out: Path, seed: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the chosen step, or all of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("step", choices=("text", "tokenizer", "pretrain", "task", "all"))
+    parser.add_argument("step", choices=("text", "tokenizer", "pretrain", "task", "general", "all"))
     parser.add_argument("--out", type=Path, required=True, help="folder that receives model/ and the task files")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--documents", type=int, default=DOCUMENTS, help="length of the pretraining text")
@@ -188,6 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "tokenizer": lambda: make_tokenizer(chosen.out),
         "pretrain": lambda: pretrain(chosen.out, chosen.seed),
         "task": lambda: task.write(chosen.out, random.Random(chosen.seed)),
+        "general": lambda: make_general(chosen.out, chosen.seed, chosen.documents),
     }
     for name, step in steps.items():
         if chosen.step in (name, "all"):
