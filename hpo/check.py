@@ -239,7 +239,7 @@ def _placed(error: InputError, spec: Spec, field: str, value: object) -> list[Pr
 
 
 def _beyond_context(shape: Shape, tokenized: Tokenized) -> list[Problem]:
-    longest = max(len(ids) for ids in tokenized.ids)
+    longest = int(tokenized.lengths().max())
     context = shape.config.get("max_position_embeddings") or shape.config.get("n_positions")
     if not context or longest <= context:
         return []
@@ -248,7 +248,7 @@ def _beyond_context(shape: Shape, tokenized: Tokenized) -> list[Problem]:
 
 
 def _predict(spec: Spec, shape: Shape, rows: Rows, tokenized: Tokenized) -> Findings:
-    longest = max(len(ids) for ids in tokenized.ids)
+    longest = int(tokenized.lengths().max())
     rng = random.Random(spec.seed)
     totals, refusals, example = [], 0, ""
     for _ in range(SAMPLED):
@@ -292,4 +292,6 @@ def _tokenized(spec: Spec, rows: Rows) -> Tokenized:
             "recipe.model", f"{spec.recipe.model} has no tokenizer that loads: {first}", "Download the model again."
         )
         raise SpecError(problem) from None
+    if rows.large:  # into the cache that the trials read from
+        return training_data.prepare(rows, spec.data, tokenizer, spec.recipe.max_length).train
     return training_data.tokenize(rows.train, spec.data, tokenizer, spec.recipe.max_length)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from training.recipe import Clean, DataConfig, Recipe
 
 NAMED = (training_data.HUB, training_data.EMBEDDED)  # what is no path
 FEW_LABELS = 50  # a label column with at most so many values, each seen several times, is a classification task
+SAMPLED = 20_000  # rows whose tokens are counted
 HEADROOM = 0.9  # of a GPU's memory
 SMALL = 50_000_000  # parameters; below this a trial takes seconds to minutes on a CPU core
 
@@ -49,7 +51,8 @@ def draft(file: str, model: str, *, name: str | None = None, folder: Path | None
     config, about = guess(file)
     rows = training_data.read(config)
     tokenizer = load_tokenizer(Recipe(model=model))
-    lengths = sorted(len(ids) for ids in training_data.tokenize(rows.train, config, tokenizer, 1_000_000).ids)
+    some = random.Random(0).sample(range(len(rows.train)), min(len(rows.train), SAMPLED))
+    lengths = sorted(training_data.tokenize((rows.train[i] for i in some), config, tokenizer, 1_000_000).lengths().tolist())
     limit = int(shape.config.get("max_position_embeddings") or shape.config.get("n_positions") or 1_000_000)
     max_length = min(limit, -(-lengths[int(0.995 * (len(lengths) - 1))] // 32) * 32)
     gpus = check.gpus()

@@ -27,7 +27,7 @@ from serving.endpoint import EngineSettings
 from serving.endpoint import Limits as ServingLimits
 from training import data as training_data
 from training import metrics
-from training.recipe import DataConfig, EvaluationConfig, Frozen, Limits, Number, Recipe, Resources, Whole, one_of
+from training.recipe import DataConfig, EvaluationConfig, Frozen, Limits, Number, Origin, Recipe, Resources, Whole, one_of
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 DATABASE = re.compile(r"[a-z0-9]+(\+[a-z0-9_]+)?://.*")
@@ -468,8 +468,11 @@ def _anchor(raw: dict, folder: Path) -> None:
         raw["data"] = dict(raw["data"])
         for name in ("train", "validation", "test"):
             value = raw["data"].get(name)
-            if isinstance(value, str) and value and not value.startswith((training_data.EMBEDDED, training_data.HUB)):
-                raw["data"][name] = str(folder / _expanded(value))
+            if isinstance(value, dict):  # a mixture
+                origins = {source: said for source, said in value.items() if isinstance(said, dict) and "file" in said}
+                raw["data"][name] = value | {s: {**said, "file": _placed(said["file"], folder)} for s, said in origins.items()}
+            elif name in raw["data"]:
+                raw["data"][name] = _placed(value, folder)
     if isinstance(raw.get("recipe"), dict) and isinstance(model := raw["recipe"].get("model"), str):
         expanded = _expanded(model)
         if model and model != "embedded" and (model.startswith((".", "~", "$")) or (folder / expanded).is_dir()):
@@ -477,6 +480,11 @@ def _anchor(raw: dict, folder: Path) -> None:
     if isinstance(raw.get("evaluation"), dict) and isinstance(text := raw["evaluation"].get("retention"), str):
         if text and not text.startswith((training_data.EMBEDDED, training_data.HUB)):
             raw["evaluation"] = raw["evaluation"] | {"retention": str(folder / _expanded(text))}
+
+
+def _placed(value: Any, folder: Path) -> Any:
+    named = not isinstance(value, str) or not value or value.startswith((training_data.EMBEDDED, training_data.HUB))
+    return value if named else str(folder / _expanded(value))
 
 
 def _model_at(path: Sequence[str | int]) -> type[BaseModel]:
@@ -498,12 +506,17 @@ _DIMENSION = ["type", "low", "high", "log", "step", "values", "times", "when"]
 def _problem(error: Any) -> Problem:
     """Returns a pydantic error in our words: path, rule with the value, remedy."""
     members = [i for i, part in enumerate(error["loc"]) if part in _MEMBERS and i and error["loc"][0] not in ("data",)]
-    path = [part for i, part in enumerate(error["loc"]) if i not in members]
+    forms = [2] if error["loc"][:2] == ("data", "train") else []  # a file's name, or a mixture
+    path = [part for i, part in enumerate(error["loc"]) if i not in members and i not in forms]
     path = path[:2] if path[:2] == ["recipe", "targets"] else path
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".") or "study"
     kind, value = error["type"], error.get("input")
+    if path[-1] == "[key]":
+        rule = "must be a name of letters, digits, - and _, 40 at most."
+        return Problem(where.removesuffix(".[key]"), rule, "Give the source another name.")
     if kind == "extra_forbidden":
         known = list(_model_at(path[:-1]).model_fields) if path[0] != "space" or len(path) == 1 else _DIMENSION
+        known = list(Origin.model_fields) if forms else known
         return Problem(where, "unknown field.", nearest(str(path[-1]), known).strip() or f"Known: {', '.join(known)}.")
     if kind == "missing":
         return Problem(where, "is required.", _example(path))
@@ -532,7 +545,7 @@ def _example(path: Sequence[str | int]) -> str:
 _EXAMPLES = {
     "name": "For example name: my-study.",
     "data": "For example data: {train: my.jsonl}.",
-    "data.train": "Name a JSONL or CSV file.",
+    "data.train": "Name a JSONL or CSV file, or several: {code: {file: a.jsonl, weight: 2}, chat: {file: b.jsonl}}.",
     "data.columns": "For example columns: {instruction: question}.",
     "data.labels": "For example labels: [yes, no].",
     "recipe": "For example recipe: {rank: 16}.",
@@ -554,6 +567,16 @@ _EXAMPLES = {
 }
 
 
+def _mix_problems(spec: Spec) -> list[Problem]:
+    """Returns which weights of a recipe or a space belong to no source of the data."""
+    known = [name for name in spec.data.origins() if name]
+    given = {f"recipe.mix.{name}": name for name in spec.recipe.mix or {}}
+    given |= {f"space.{name}": name.removeprefix("mix.") for name in spec.space if name.startswith("mix.")}
+    sources = f"Sources: {', '.join(known)}." if known else "Write data.train: {NAME: {file: ..., weight: ...}, ...}."
+    return [Problem(where, f"{name!r} is no source of data.train.", f"{nearest(name, known)}{sources}")
+            for where, name in given.items() if name not in known]  # fmt: skip
+
+
 def _cross_checks(spec: Spec, broken: frozenset[str] = frozenset()) -> list[Problem]:
     wrong = problems(spec.space, spec.recipe)
     if touches(broken, "space"):  # what a dimension refers to may be what was left out
@@ -562,7 +585,7 @@ def _cross_checks(spec: Spec, broken: frozenset[str] = frozenset()) -> list[Prob
     if not len(spec.space):
         found.append(Problem("space", "has no dimension.", "Name at least one field of the recipe with its range."))
     own_problems = extensions.problems(spec)
-    found += own_problems
+    found += own_problems + ([] if touches(broken, "data.train") else _mix_problems(spec))
     if not any(problem.where == "data.task" for problem in own_problems):
         found += training_data.template_problems(spec.data)
     found += _objective_problems(spec)

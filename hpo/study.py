@@ -170,7 +170,7 @@ class Study:
         given = orders(self.store, self.record.id)
         settings = {
             "algorithm": " ".join([spec.algorithm.name, *(f"{k}={v}" for k, v in spec.algorithm.options.items())]),
-            "model": spec.recipe.model, "data": spec.data.train, "task": spec.data.task, "seed": str(spec.seed),
+            "model": spec.recipe.model, "data": spec.data.said, "task": spec.data.task, "seed": str(spec.seed),
             "budget": ", ".join(f"{name} {value}" for name, value in spec.budget.model_dump().items() if value is not None),
             "limits": ", ".join(f"{k} {v:,}" for k, v in spec.limits.model_dump().items() if v is not None) or "none",
             "resources": ", ".join(f"{name} {value}" for name, value in spec.resources.model_dump().items()),
@@ -514,10 +514,12 @@ def _without_paths(written: Mapping[str, Any]) -> dict[str, Any]:
 def _snapshot(spec: Spec, digest: str) -> DataConfig:
     """Copies the data files (of folders and the hub: their rows) into the study's folder, where every node sees them."""
     folder = spec.folder / "data" / digest[:16]
-    update = {}
+    update: dict[str, Any] = {}
     for name in ("train", "validation", "test"):
-        if (given := getattr(spec.data, name)) is not None:
-            update[name] = str(sources.keep(given, name, f"data.{name}", folder))
+        for source, origin in spec.data.origins(name).items():
+            where, called = (f"data.{name}.{source}", f"{name}-{source}") if source else (f"data.{name}", name)
+            kept = str(sources.keep(origin.file, name, where, folder, called=called))
+            update[name] = kept if not source else update.get(name, {}) | {source: origin.model_copy(update={"file": kept})}
     return spec.data.model_copy(update=update)
 
 

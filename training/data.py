@@ -1,78 +1,59 @@
-"""From files to tokenized rows.
+"""From files to rows in three splits.
 
-Owns: the way from files to three splits and on to token ids, and the cache of these. Files are read by `training.sources`,
-records become rows in `training.rows`, sides are chosen in `training.splits`, prompts written in `training.templates`.
+Owns: the way there, and the door to all of data. Files are read by `training.sources`, records become rows in `training.rows`,
+sides are chosen in `training.splits`, prompts written in `training.templates`, ids made in `training.tokens`; what is too large
+to be held in memory takes the same way through `training.shelf`.
 Must not know: models' weights, recipes' rates, studies.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import os
 import random
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from training import rows as row_words
-from training import sources, splits, tasks
-from training.errors import InputError, Problem, wrong
+from training import shelf, sources, splits
+from training.errors import InputError, Problem
 from training.recipe import Clean, DataConfig
-from training.rows import SHOWN, Entry, Finding, Ledger, Row
+from training.rows import Entry, Finding, Ledger, Row
 from training.sources import EMBEDDED, HUB, locate
-from training.templates import chat_template_of, prompt_of, prompts_of, template_problems, writes_start
+from training.splits import labels_of, left_out
+from training.templates import chat_template_of, prompt_of, prompts_of, template_problems
+from training.tokens import Prepared, Tokenized, prepare, sample, tokenize
 
 __all__ = [
-    "EMBEDDED", "HUB", "Prepared", "Row", "Rows", "Tokenized", "chat_template_of", "locate", "prepare", "prompt_of", "read",
-    "sample", "template_problems", "tokenize",
+    "EMBEDDED", "HUB", "Prepared", "Row", "Rows", "Tokenized", "chat_template_of", "locate", "prepare", "prompt_of",
+    "prompts_of", "read", "sample", "template_problems", "tokenize",
 ]  # fmt: skip
+
+
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
 class Rows:
     """Validated rows by split, each a dict with the task's columns, and what was noticed on the way.
 
-    `found` counts what is wrong with rows that was let pass, or that took them out; `read` has the records by file.
+    `found` counts what is wrong with rows that was let pass, or that took them out; `read` has the records by split. Of a
+    mixture, `parts` has the sources of each split with their rows, in order, and `weights` those of data.train. `large` rows
+    lie on disk and are read when they are asked for.
     """
 
-    train: list[Row]
-    validation: list[Row]
-    test: list[Row]
+    train: Sequence[Row]
+    validation: Sequence[Row]
+    test: Sequence[Row]
     labels: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     digest: str = ""
     found: tuple[Finding, ...] = ()
     read: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Tokenized:
-    """Rows as token ids: `ids[i][:prompt_lengths[i]]` is the prompt, the rest is the response and end of sequence.
-
-    `cut` rows lost a part because they were too long, `dropped` ones are not here at all.
-    """
-
-    ids: list[list[int]]
-    prompt_lengths: list[int]
-    cut: int = 0
-    dropped: int = 0
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __add__(self, other: Tokenized) -> Tokenized:
-        return Tokenized(self.ids + other.ids, self.prompt_lengths + other.prompt_lengths, self.cut + other.cut,
-                         self.dropped + other.dropped)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Tokenized rows by split; `labels` has the token ids of each label of a classification task."""
-
-    train: Tokenized
-    validation: Tokenized
-    test: Tokenized
-    labels: list[list[int]] = field(default_factory=list)
+    parts: dict[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    large: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,12 +70,22 @@ class Sides:
 def read(config: DataConfig, *, seed: int = 0) -> Rows:
     """Returns the rows of all three splits; arguments and errors as `sides`."""
     found = sides(config, seed=seed)
+    weights = {name: origin.weight for name, origin in config.origins().items() if name}
+    said = {"labels": found.labels, "notes": found.notes, "digest": found.digest, "found": tuple(found.ledger.findings),
+            "read": found.ledger.read, "weights": weights}  # fmt: skip
+    if isinstance(found, shelf.Sides):
+        return Rows(**found.rows, **said, parts=found.sources if weights else {}, large=True)
     learned = {name: row_words.divided([entry.row for entry in part], config) for name, part in found.parts.items()}
-    return Rows(**learned, labels=found.labels, notes=found.notes, digest=found.digest, found=tuple(found.ledger.findings),
-                read=found.ledger.read)  # fmt: skip
+    parts = {name: _origins(part, config) for name, part in found.parts.items()} if weights else {}
+    return Rows(**learned, **said, parts=parts)
 
 
-def sides(config: DataConfig, *, seed: int = 0, clean: Clean | None = None) -> Sides:
+def _origins(entries: list[Entry], config: DataConfig) -> tuple[tuple[str, int], ...]:
+    return tuple((name, len(row_words.divided([entry.row for entry in some], config)))
+                 for name, some in itertools.groupby(entries, lambda entry: entry.origin))  # fmt: skip
+
+
+def sides(config: DataConfig, *, seed: int = 0, clean: Clean | None = None) -> Sides | shelf.Sides:
     """Returns the three splits as they stand in the files.
 
     Args:
@@ -105,131 +96,72 @@ def sides(config: DataConfig, *, seed: int = 0, clean: Clean | None = None) -> S
     Raises:
         InputError: with every problem found, by file and line.
     """
-    found: list[Problem] = []
     said = json.dumps(config.identity() | {"seed": seed}, sort_keys=True)
     config = config.model_copy(update={"clean": clean or config.clean})
-    parts: dict[str, list[Entry]] = {}
-    digest, ledger = hashlib.sha256(), Ledger()
-    for name in ("train", "validation", "test"):
-        if (given := getattr(config, name)) is None:
-            continue
-        try:
-            source = sources.load(given, name, config.format, f"data.{name}")
-            parts[name] = row_words.entries(source, config, name, ledger)
-            digest.update(name.encode() + source.digest)
-        except InputError as error:
-            found += error.problems
-    if found:
-        raise InputError(*found)
+    given, unread = _loaded(config)
+    digest = hashlib.sha256()
+    for name, loaded in given.items():
+        for origin, (source, _) in loaded.items():
+            digest.update(f"{name} {origin}".rstrip().encode() + source.digest)
     digest.update(said.encode())
+    if sum(source.size for loaded in given.values() for source, _ in loaded.values()) > config.stream_above:
+        digest.update(b"on disk")  # where other rows are held out
+        if unread:
+            raise InputError(*unread)
+        return shelf.sides(given, config, seed, digest.hexdigest())
+    return _held(given, config, seed, digest.hexdigest(), unread)
+
+
+Given = dict[str, dict[str, tuple[sources.Source, DataConfig]]]  # by split and name: what is read, and its own columns
+
+
+def _loaded(config: DataConfig) -> tuple[Given, list[Problem]]:
+    """Returns what can be read, and what is wrong with the rest."""
+    found: list[Problem] = []
+    given: Given = {}
+    for name in SPLITS:
+        for origin, said in config.origins(name).items():
+            try:
+                where = f"data.{name}.{origin}.file" if origin else f"data.{name}"
+                source = sources.load(said.file, name, config.format, where)
+            except InputError as error:
+                found += error.problems
+                continue
+            own = config.model_copy(update={"columns": config.columns | said.columns})
+            given.setdefault(name, {})[origin] = source, own
+    return given, found
+
+
+def _held(given: Given, config: DataConfig, seed: int, digest: str, unread: list[Problem]) -> Sides:
+    """Returns the sides of rows that are held in memory."""
+    found = list(unread)
+    parts: dict[str, list[Entry]] = {}
+    ledger = Ledger()
+    for name, loaded in given.items():
+        parts[name] = []
+        for origin, (source, own) in loaded.items():
+            try:
+                parts[name] += row_words.entries(source, own, name, ledger, origin)
+            except InputError as error:
+                found += error.problems
+    if found:
+        raise InputError(*sorted(found, key=lambda one: next((i for i, name in enumerate(SPLITS) if name in one.where), 0)))
     parts["train"] = splits.repeated(parts["train"], config, ledger)
-    notes = splits.hold_out(parts, config, random.Random(seed)) + splits.separate(parts, config, ledger)
-    labels = _labels(config, parts) if config.task == "classification" else ()
-    if config.limit and config.limit < len(parts["train"]):  # a seeded choice, because files are often sorted by label
-        chosen = sorted(random.Random(seed).sample(range(len(parts["train"])), config.limit))
-        parts["train"] = [parts["train"][i] for i in chosen]
-    for name, entries in parts.items():
-        if not entries:
-            raise wrong(f"data.{name}", "no row is left.", "Give more rows, or a file of its own for this split.")
-    notes += [f"{f.split}: {f.count} rows left out: {f.what}" for f in ledger.findings
-              if f.action == "drop" and f.kind not in ("leak", "near_leak")]  # fmt: skip
-    return Sides(parts, labels, tuple(notes), digest.hexdigest(), ledger)
+    notes = splits.hold_out(parts, config, seed) + splits.separate(parts, config, ledger)
+    labels = labels_of(config, {name: {entry.row.get("label", "") for entry in part} for name, part in parts.items()})
+    parts["train"] = _limited(parts["train"], config, seed)
+    splits.check({name: [entry.origin for entry in part] for name, part in parts.items()}, config)
+    return Sides(parts, labels, (*notes, *left_out(ledger)), digest, ledger)
 
 
-def _labels(config: DataConfig, parts: dict[str, list[Entry]]) -> tuple[str, ...]:
-    labels = config.labels or tuple(sorted({entry.row["label"] for entry in parts["train"]}))
-    if len(labels) < 2:
-        raise wrong("data.labels", f"classification needs two labels, got {list(labels)}.", "Check data.columns.label.")
-    for name, entries in parts.items():
-        if strange := {entry.row["label"] for entry in entries} - set(labels):
-            raise wrong(
-                f"data.{name}", f"labels that are not in data.labels: {sorted(strange)[:SHOWN]}.", "Add them, or remove the rows."
-            )
-    return labels
+def _limited(entries: list[Entry], config: DataConfig, seed: int) -> list[Entry]:
+    """Returns the training rows that the limits leave: a seeded choice, because files are often sorted by label."""
 
+    def some(of: list[Entry], limit: int | None) -> list[Entry]:
+        if not limit or limit >= len(of):
+            return of
+        return [of[i] for i in sorted(random.Random(seed).sample(range(len(of)), limit))]
 
-def tokenize(rows: list[Row], config: DataConfig, tokenizer, max_length: int) -> Tokenized:
-    """Returns the rows as token ids; one longer than `max_length` is counted, and `config.too_long` says what becomes of it.
-
-    `cut_prompt`: it loses the beginning of its prompt, and a response that is too long by itself its end. `cut_end`: it loses
-    its end, where that leaves some of the response, and otherwise as before. `drop`: it is left out.
-
-    Raises:
-        InputError: `error`, or every row is dropped.
-    """
-    task = tasks.load(config.task)
-    prompts = prompts_of(rows, config, tokenizer)
-    responses = [_joined(prompt, row[task.RESPONSE]) for prompt, row in zip(prompts, rows, strict=True)]
-    ids, lengths, cut = [], [], 0
-    heads = tokenizer(prompts, add_special_tokens=False)["input_ids"] if prompts else []
-    tails = tokenizer(responses, add_special_tokens=False)["input_ids"] if responses else []
-    # A chat template writes its own special tokens; elsewhere the tokenizer adds those it was trained with.
-    start = [tokenizer.bos_token_id] if not writes_start(config, tokenizer) and _adds_bos(tokenizer) else []
-    longest = 0
-    for head, tail in zip(heads, tails, strict=True):
-        whole = len(start) + len(head) + len(tail) + 1
-        longest = max(longest, whole)
-        cut += whole > max_length
-        if whole > max_length and config.too_long in ("drop", "error"):
-            continue
-        tail = tail + [tokenizer.eos_token_id]
-        if whole > max_length and (config.too_long != "cut_end" or len(start) + len(head) >= max_length):
-            tail = tail[: max_length - len(start) - 1]
-            head = head[-(max_length - len(tail) - len(start)) :]
-        head = start + head
-        ids.append((head + tail)[:max_length])
-        lengths.append(len(head))
-    if cut and (config.too_long == "error" or not ids):
-        remedy = f"Set recipe.max_length: {longest}, or data.too_long: cut_prompt."
-        raise wrong("recipe.max_length", f"{cut} of {len(rows)} rows are longer than {max_length} tokens.", remedy)
-    dropped = cut if config.too_long == "drop" else 0
-    return Tokenized(ids, lengths, cut - dropped, dropped)
-
-
-def _joined(prompt: str, response: str) -> str:
-    return response if not prompt or prompt[-1].isspace() else " " + response
-
-
-def _adds_bos(tokenizer) -> bool:
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-
-
-def prepare(rows: Rows, config: DataConfig, tokenizer, max_length: int, *, cache: str | None = None) -> Prepared:
-    """Returns all splits tokenized, from the cache where the same rows were tokenized by the same tokenizer before."""
-    path = None
-    if cache:
-        identity = json.dumps([rows.digest, tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), max_length])
-        path = Path(cache) / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
-        if path.exists():
-            raw = json.loads(path.read_text())
-            return Prepared(*(Tokenized(**raw[name]) for name in ("train", "validation", "test")), labels=raw["labels"])
-    # Held-out rows are the same whatever the length, and keep their answers: trials of several lengths must compare.
-    held = config if config.too_long == "error" else config.model_copy(update={"too_long": "cut_prompt"})
-    parts = {name: tokenize(getattr(rows, name), config if name == "train" else held, tokenizer, max_length)
-             for name in ("train", "validation", "test")}  # fmt: skip
-    labels = []
-    if rows.labels:
-        prompt = prompt_of(rows.train[0], config, tokenizer)
-        labels = [
-            tokenizer(_joined(prompt, label), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-            for label in rows.labels
-        ]
-        for label, ids in zip(rows.labels, labels, strict=True):
-            if len(ids) + 2 > max_length:  # the start and one token of the prompt
-                raise wrong("recipe.max_length", f"the label {label!r} alone has {len(ids)} tokens, max_length is {max_length}.",
-                            "Raise max_length or shorten the label.")  # fmt: skip
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(f".{os.getpid()}")
-        raw = {name: asdict(part) for name, part in parts.items()}
-        aside.write_text(json.dumps(raw | {"labels": labels}))
-        aside.rename(path)
-    return Prepared(**parts, labels=labels)
-
-
-def sample(rows: Tokenized, count: int, *, seed: int) -> Tokenized:
-    """Returns at most `count` rows by a seeded choice, in their order."""
-    if len(rows) <= count:
-        return rows
-    chosen = sorted(random.Random(seed).sample(range(len(rows)), count))
-    return Tokenized([rows.ids[i] for i in chosen], [rows.prompt_lengths[i] for i in chosen])
+    limits = {name: origin.limit for name, origin in config.origins().items()}
+    by = itertools.groupby(entries, lambda entry: entry.origin)
+    return some([entry for name, own in by for entry in some(list(own), limits[name])], config.limit)

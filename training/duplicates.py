@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 ALIKE = 0.8  # Jaccard similarity from which on two texts are near-duplicates
 LENGTH = 5  # bytes of a shingle
-PERMUTATIONS = 64
+PERMUTATIONS, BANDS = 64, 16
+MOST = 100  # texts that a text is compared with among those that one number of the table says may be alike
 _NOISE = re.compile(r"[\W_]+")
 Sketch = tuple[np.ndarray, Any]  # sorted hashes of the shingles, and their MinHash
 
@@ -68,6 +69,74 @@ def like(sketches: Sequence[Sketch], others: Sequence[Sketch]) -> list[int | Non
     return [next((j for j in sorted(index.query(made)) if _alike(grams, others[j][0])), None) for grams, made in sketches]
 
 
+def bands(texts: Sequence[str]) -> np.ndarray:
+    """Returns uint64 (texts, BANDS): two texts with an equal number in one column may be alike, others are not looked at."""
+    values = np.stack([made.hashvalues for _, made in sketch(texts)]).astype(np.uint64).reshape(len(texts), BANDS, -1)
+    mixed = np.zeros(values.shape[:2], np.uint64)
+    for i in range(values.shape[2]):
+        mixed = (mixed ^ values[:, :, i]) * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(29)
+    return mixed
+
+
+def clusters_on_disk(table: np.ndarray, text: Callable[[int], str], rows: np.ndarray) -> np.ndarray:
+    """Returns what `clusters` does for texts that are read when two of them have to be compared.
+
+    Args:
+        table: of `bands`, for all texts.
+        text: returns a text by its number.
+        rows: the numbers of the texts to compare.
+
+    Returns:
+        int64 (all texts): the first text that each of the rows is alike, itself if none.
+    """
+    first = np.arange(len(table))
+
+    def root(i: int) -> int:
+        while first[i] != i:
+            first[i] = first[first[i]]
+            i = int(first[i])
+        return i
+
+    for run in _runs(table, rows):
+        heads: list[int] = []
+        for i in run.tolist():
+            known = next((j for j in heads if root(i) == root(j) or near(text(i), text(j)) >= ALIKE), None)
+            if known is None:
+                heads = [*heads, i][:MOST]
+            else:
+                one, other = sorted((root(i), root(known)))
+                first[other] = one
+    for i in rows.tolist():
+        if first[i] != i:
+            first[i] = root(i)
+    return first
+
+
+def like_on_disk(table: np.ndarray, text: Callable[[int], str], rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Returns a mask of the rows that are alike one of the others; arguments as in `clusters_on_disk`."""
+    found, held = set(), np.zeros(len(table), bool)
+    held[others] = True
+    for run in _runs(table, np.sort(np.concatenate([rows, others]))):
+        theirs = run[held[run]][:MOST].tolist()
+        for i in run[~held[run]].tolist() if theirs else ():
+            if i not in found and any(near(text(i), text(j)) >= ALIKE for j in theirs):
+                found.add(i)
+    return np.isin(rows, sorted(found))
+
+
+def _runs(table: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields the rows that have a number in common, in ascending order, band by band."""
+    for band in range(table.shape[1]):
+        column = np.asarray(table[rows, band])
+        order = np.argsort(column, kind="stable")
+        ends = np.flatnonzero(np.diff(column[order])) + 1
+        starts = np.concatenate([[0], ends])
+        stops = np.concatenate([ends, [len(order)]])
+        for i in np.flatnonzero(stops - starts > 1):
+            yield rows[order[starts[i] : stops[i]]]
+
+
 def _alike(one: np.ndarray, other: np.ndarray) -> bool:
     common = np.intersect1d(one, other, assume_unique=True).size
     return common >= ALIKE * (one.size + other.size - common)
@@ -87,4 +156,4 @@ def _index():
     from datasketch import MinHashLSH
 
     # More bands than the threshold asks for: candidates are verified, so a missed one costs more than one too many.
-    return MinHashLSH(num_perm=PERMUTATIONS, params=(16, 4))
+    return MinHashLSH(num_perm=PERMUTATIONS, params=(BANDS, PERMUTATIONS // BANDS))

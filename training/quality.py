@@ -6,16 +6,19 @@ Must not know: studies, models' weights.
 
 from __future__ import annotations
 
-import statistics
+import random
 from collections import Counter
 from collections.abc import Sequence
 
-from training import data, duplicates
-from training.recipe import Clean, DataConfig, Frozen
-from training.rows import SHOWN, Entry, Finding, divided, text_of
+import numpy as np
+
+from training import data, duplicates, shelf
+from training.recipe import DataConfig, Frozen
+from training.rows import SHOWN, Entry, Finding, Row, divided, lenient, text_of
 from training.splits import sketches
 
 UNEVEN = 10  # times as many rows with the commonest label as with the rarest one are worth a note
+SAMPLED = 20_000  # rows of a shelf whose tokens are counted
 COMPARED = 100_000  # rows beyond which near-duplicates are not looked for; it would take minutes
 
 
@@ -56,11 +59,6 @@ class Quality(Frozen):
         return any(found.action == "error" for found in self.findings)
 
 
-def lenient(clean: Clean) -> Clean:
-    """Returns the policy under which everything is counted and nothing refused."""
-    return Clean(**{name: "drop" if action == "error" else action for name, action in clean.model_dump().items()})
-
-
 def examine(config: DataConfig, *, tokenizer=None, max_length: int | None = None, seed: int = 0) -> Quality:
     """Returns what the data set is like. Rows that a study would refuse are counted, not raised.
 
@@ -76,16 +74,57 @@ def examine(config: DataConfig, *, tokenizer=None, max_length: int | None = None
     sides = data.sides(config, seed=seed, clean=lenient(config.clean))
     ledger = sides.ledger
     notes = [note for note in sides.notes if "left out" not in note]  # the findings say it, with places
+    if isinstance(sides, shelf.Sides):
+        return _large(sides, config, tokenizer, max_length, notes)
     _repetitions(sides.parts["train"], config, ledger)
     if sum(map(len, sides.parts.values())) <= COMPARED:
         _likenesses(sides.parts, config, ledger)
     else:
         notes.append(f"near-duplicates are not looked for in more than {COMPARED:,} rows")
     splits = {name: _side(part, config, tokenizer, max_length) for name, part in sides.parts.items()}
-    notes += _imbalance(splits["train"].labels)
-    notes += _forgotten(config, tokenizer)
-    found = tuple(finding.model_copy(update={"action": _action(finding, config)}) for finding in ledger.findings)
-    return Quality(task=config.task, digest=sides.digest, read=ledger.read, splits=splits, findings=found, notes=tuple(notes))
+    return _told(sides, config, splits, [*notes, *_imbalance(splits["train"].labels), *_forgotten(config, tokenizer)])
+
+
+def _told(sides: data.Sides | shelf.Sides, config: DataConfig, splits: dict[str, Side], notes: list[str]) -> Quality:
+    found = tuple(finding.model_copy(update={"action": _action(finding, config)}) for finding in sides.ledger.findings)
+    return Quality(task=config.task, digest=sides.digest, read=sides.ledger.read, splits=splits, findings=found,
+                   notes=tuple(notes))  # fmt: skip
+
+
+def _large(sides: shelf.Sides, config: DataConfig, tokenizer, max_length: int | None, notes: list[str]) -> Quality:
+    """Returns what rows on a shelf are like: from the numbers that were written with them, tokens from a sample."""
+    kept, splits = sides.shelf, {}
+    characters, labels = kept.numbers("characters"), kept.numbers("label")
+    for name, chosen in sides.chosen.items():
+        rows, tokens, over = sides.rows[name], None, None
+        if tokenizer is not None:
+            some = random.Random(0).sample(range(len(rows)), min(len(rows), SAMPLED))
+            tokens, over = _tokens([rows[i] for i in some], config, tokenizer, max_length)
+            over = round(over * len(rows) / len(some)) if over is not None else None
+        counts = np.unique(labels[chosen], return_counts=True) if config.task == "classification" else ((), ())
+        said = {kept.labels[label]: int(count) for label, count in zip(*counts, strict=True)}
+        splits[name] = Side(rows=len(chosen), answers=len(rows), characters=_lengths(characters[chosen]), tokens=tokens,
+                            too_long=over, labels=dict(sorted(said.items())))  # fmt: skip
+        if over is not None and len(rows) > SAMPLED:
+            notes.append(f"{name}: tokens are those of {SAMPLED:,} rows, chosen by seed")
+    train = sides.chosen["train"]
+    if config.clean.repeated == "keep":
+        again = train[~shelf.first(kept.numbers("whole")[train])]
+        what = "stand in the training rows before"
+        sides.ledger.note("repeated", "train", what, "keep", map(kept.place, again[:SHOWN]), len(again))
+    clash = train[_clash(kept.numbers("key")[train], kept.numbers("answer")[train])]
+    what = "ask what another row asks and have another answer"
+    sides.ledger.note("contradiction", "train", what, "keep", map(kept.place, clash[:SHOWN]), len(clash))
+    if config.clean.near_repeated == "keep" or config.clean.near_leak == "keep":
+        notes.append("near-duplicates are not looked for in rows that stay on disk, unless data.clean drops them")
+    return _told(sides, config, splits, [*notes, *_imbalance(splits["train"].labels), *_forgotten(config, tokenizer)])
+
+
+def _clash(keys: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    """Returns as a mask which rows have the key, but not the answer, of another one."""
+    _, start, back = np.unique(keys, return_index=True, return_inverse=True)
+    other = answers != answers[start][back]
+    return np.isin(back, back[other])
 
 
 def _action(found: Finding, config: DataConfig) -> str:
@@ -122,20 +161,22 @@ def _likenesses(parts: dict[str, list[Entry]], config: DataConfig, ledger) -> No
 def _side(part: list[Entry], config: DataConfig, tokenizer, max_length: int | None) -> Side:
     rows = divided([entry.row for entry in part], config)
     whole = _lengths([sum(map(len, entry.row.values())) if config.task != "chat" else len(text_of(entry.row)) for entry in part])
-    tokens = over = None
-    if tokenizer is not None:
-        counted = [len(ids) for ids in data.tokenize(rows, config.model_copy(update={"too_long": "cut_prompt"}), tokenizer,
-                                                     1_000_000).ids]  # fmt: skip
-        tokens, over = _lengths(counted), sum(count > max_length for count in counted) if max_length else None
+    tokens, over = _tokens(rows, config, tokenizer, max_length) if tokenizer is not None else (None, None)
     labels = Counter(entry.row["label"] for entry in part) if config.task == "classification" else {}
     return Side(rows=len(part), answers=len(rows), characters=whole, tokens=tokens, too_long=over,
                 labels=dict(sorted(labels.items())))  # fmt: skip
 
 
-def _lengths(counts: Sequence[int]) -> Lengths:
-    ordered = sorted(counts)
-    return Lengths(smallest=ordered[0], median=statistics.median(ordered), mean=round(statistics.fmean(ordered), 1),
-                   p95=ordered[int(0.95 * (len(ordered) - 1))], largest=ordered[-1])  # fmt: skip
+def _tokens(rows: Sequence[Row], config: DataConfig, tokenizer, max_length: int | None) -> tuple[Lengths, int | None]:
+    whole = config.model_copy(update={"too_long": "cut_prompt"})
+    counted = data.tokenize(rows, whole, tokenizer, 1_000_000).lengths()
+    return _lengths(counted), int((counted > max_length).sum()) if max_length else None
+
+
+def _lengths(counts: Sequence[int] | np.ndarray) -> Lengths:
+    ordered = np.sort(np.asarray(counts, dtype=np.int64))
+    return Lengths(smallest=int(ordered[0]), median=float(np.median(ordered)), mean=round(float(ordered.mean()), 1),
+                   p95=int(ordered[int(0.95 * (len(ordered) - 1))]), largest=int(ordered[-1]))  # fmt: skip
 
 
 def _imbalance(labels: dict[str, int]) -> list[str]:

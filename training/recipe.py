@@ -12,7 +12,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictBool,
+    Tag,
+    model_validator,
+)  # fmt: skip
 from pydantic_core import PydanticCustomError
 
 from training import own
@@ -26,6 +36,7 @@ def _no_boolean(value: Any) -> Any:
 
 Number = Annotated[float, BeforeValidator(_no_boolean)]
 Whole = Annotated[int, BeforeValidator(_no_boolean)]
+Weight = Annotated[Number, Field(ge=0, le=1e6)]
 
 
 def _methods() -> list[str]:
@@ -100,6 +111,7 @@ class Recipe(Frozen):
     bits: Literal[32, 16, 8, 4] = Field(32, description="of the base; 4 is NF4 with double quantization (QLoRA)")
     zero_stage: Literal[0, 1, 2] = Field(0, description="DeepSpeed ZeRO stage; 0 is plain data parallel training")
     gradient_checkpointing: StrictBool = False
+    mix: dict[str, Weight] | None = Field(None, description="weights of named sources of data.train; default: the data's own")
     seed: Whole = Field(0, ge=0, le=2**31 - 1, description="adapter initialisation, dropout and order of the rows")
 
     @model_validator(mode="after")
@@ -144,10 +156,30 @@ class Split(Frozen):
         return self
 
 
+class Origin(Frozen):
+    """One of the named sources that training rows are mixed of. A row is drawn from it with weight / (sum of all weights)."""
+
+    file: str = Field(min_length=1, description="file, folder, `hub:OWNER/NAME` or `embedded:train.jsonl`")
+    weight: Weight = Field(1.0, description="share of the rows that are drawn, relative to the other sources")
+    limit: Whole | None = Field(None, ge=1, description="use at most so many of its training rows")
+    columns: dict[str, str] = Field(default_factory=dict, description="as data.columns, for this source")
+
+
+def _form_of(given: Any) -> str:
+    return "mixture" if isinstance(given, dict) else "text"
+
+
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")]
+_Mixture = Annotated[dict[_Name, Origin], Field(min_length=1), Tag("mixture")]
+_Files = Annotated[Annotated[str, Field(min_length=1), Tag("text")] | _Mixture, Discriminator(_form_of)]
+
+
 class DataConfig(Frozen):
     """Where the rows are and how a row becomes a prompt and a response."""
 
-    train: str = Field(min_length=1, description="file, folder, `hub:OWNER/NAME` or `embedded:train.jsonl`")
+    train: _Files = Field(
+        description="file, folder, `hub:OWNER/NAME` or `embedded:train.jsonl`; or several by name, each with file and weight"
+    )
     validation: str | None = Field(None, description="rows that the search scores on; default: a seeded tenth of train")
     test: str | None = Field(None, description="rows that no trial sees; default: another seeded tenth of train")
     format: Literal["jsonl", "csv", "json", "parquet", "arrow"] | None = Field(None, description="default: from the file name")
@@ -167,9 +199,12 @@ class DataConfig(Frozen):
     limit: Whole | None = Field(None, ge=1, description="use at most so many training rows")
     clean: Clean = Field(default_factory=Clean, description="what happens to rows with a problem")
     split: Split = Field(default_factory=Split, description="how rows are held out")
-    too_long: Literal["cut_prompt", "cut_end", "drop", "error"] = Field(
-        "cut_prompt", description="training rows beyond max_length; held-out rows always lose the beginning of their prompt"
+    too_long: Literal["cut_prompt", "cut_end", "cut_both", "drop", "error"] = Field(
+        "cut_prompt",
+        description="training rows beyond max_length lose the beginning of the prompt, the end, of both in proportion, are left "
+        "out, or refuse the study; held-out rows always lose the beginning of their prompt",
     )
+    stream_above: Whole = Field(256_000_000, ge=0, description="bytes of all files from which on rows stay on disk")
 
     def identity(self) -> dict[str, Any]:
         """Returns what decides the rows besides the files; a field that came later counts once it is not its default."""
@@ -177,7 +212,24 @@ class DataConfig(Frozen):
         later = {
             n for n in ("clean", "split", "too_long") if getattr(self, n) == fields[n].get_default(call_default_factory=True)
         }
-        return self.model_dump(exclude={"train", "validation", "test"} | later)
+        said = self.model_dump(exclude={"train", "validation", "test", "stream_above"} | later)
+        if isinstance(self.train, str):
+            return said
+        return said | {"mixture": {name: origin.model_dump(exclude={"file"}) for name, origin in self.train.items()}}
+
+    @property
+    def said(self) -> str:
+        """Where training rows come from, for people."""
+        if isinstance(self.train, str):
+            return self.train
+        return ", ".join(f"{name}: {origin.file} (weight {origin.weight:g})" for name, origin in self.train.items())
+
+    def origins(self, split: str = "train") -> dict[str, Origin]:
+        """Returns what a split is read from, by name; a file by itself has the name ""."""
+        given = getattr(self, split)
+        if given is None:
+            return {}
+        return {"": Origin(file=given, columns=self.columns)} if isinstance(given, str) else dict(given)
 
 
 class OwnMetric(Frozen):

@@ -6,18 +6,21 @@ Must not know: file formats, splits, tokens.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from training import tasks
 from training.errors import InputError, Problem
-from training.recipe import DataConfig, Frozen
+from training.recipe import Clean, DataConfig, Frozen
 from training.sources import Source
 
+AHEAD = 10_000  # records that are looked at for the names of columns
 SHOWN = 3  # problems of one kind and file that are listed; the rest is counted
 Row = dict[str, str]
+_SORTED = json.JSONEncoder(sort_keys=True).encode
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # The replacement character, and UTF-8 that was read as Windows-1252 or Latin-1 ("Ã©" for "é", "â€™" for an apostrophe).
 _BROKEN = re.compile("\ufffd|[\u00c2\u00c3][\u0080-\u00bf]|\u00e2\u20ac|\u00e2\u0080")
@@ -25,12 +28,14 @@ _BROKEN = re.compile("\ufffd|[\u00c2\u00c3][\u0080-\u00bf]|\u00e2\u20ac|\u00e2\u
 
 @dataclass(slots=True)
 class Entry:
-    """A row on its way to a split: where it stood, what it is the same as (`key`), and its stratum or group."""
+    """A row on its way to a split: where it stood, what it is the same as (`key`), its stratum or group, its source's name."""
 
     row: Row
     place: str
     key: str
     group: str | None = None
+    origin: str = ""
+    line: int = 0
 
 
 class Finding(Frozen):
@@ -51,48 +56,76 @@ class Ledger:
     findings: list[Finding] = field(default_factory=list)
     read: dict[str, int] = field(default_factory=dict)  # records by split
 
-    def note(self, kind: str, split: str, what: str, action: str, places: Iterable[str]) -> None:
-        """Adds a finding where there is one."""
-        if places := list(places):
+    def note(self, kind: str, split: str, what: str, action: str, places: Iterable[str], count: int | None = None) -> None:
+        """Adds a finding where there is one; `count` where `places` are only the first ones."""
+        places = list(places)
+        if count := len(places) if count is None else count:
             self.findings.append(
-                Finding(kind=kind, split=split, what=what, action=action, count=len(places), places=tuple(places[:SHOWN]))
+                Finding(kind=kind, split=split, what=what, action=action, count=count, places=tuple(places[:SHOWN]))
             )
 
 
-def entries(source: Source, config: DataConfig, split: str, ledger: Ledger) -> list[Entry]:
-    """Returns the sound rows of one source, and notes the others.
+def entries(source: Source, config: DataConfig, split: str, ledger: Ledger, origin: str = "") -> Iterator[Entry]:
+    """Yields the sound rows of one source while it is read, and notes the others at its end.
+
+    Args:
+        source: what is read.
+        config: the task, the columns (those of this source), and what happens to rows with a problem.
+        split: train, validation or test.
+        ledger: where findings go.
+        origin: the source's name, where it has one.
 
     Raises:
         InputError: with the problems that `config.clean` does not let pass.
     """
-    where = f"data.{split}"
-    ledger.read[split] = len(source.records)
-    columns = _columns([raw for _, raw in source.records if isinstance(raw, dict)], config, where)
+    where = f"data.{split}.{origin}" if origin else f"data.{split}"
+    records, task = iter(source.records), tasks.load(config.task)
+    ahead = list(itertools.islice(records, AHEAD))
+    columns = _columns([raw for _, raw in ahead if isinstance(raw, dict)], config, where)
     grouped = config.split.column if split == "train" else None
-    found: dict[tuple[str, str], list[int]] = {}
-    kept: list[Entry] = []
-    for line, raw in source.records:
-        row, wrong = (None, [("unreadable", raw)]) if isinstance(raw, str) else _row(raw, columns, config)
+    found: dict[tuple[str, str], _Seen] = {}
+    read = 0
+    for line, raw in itertools.chain(ahead, records):
+        read += 1
+        row, wrong = (None, [("unreadable", raw)]) if isinstance(raw, str) else _row(raw, columns, config, task)
         if grouped and not isinstance(raw, str) and raw.get(grouped) in (None, ""):
             wrong.append(("missing", f"the field {grouped!r} of data.split.column is missing."))
         if row is not None and any(_BROKEN.search(value) for value in row.values()):
-            found.setdefault(("broken_text", "has traces of a wrong encoding."), []).append(line)
+            found.setdefault(("broken_text", "has traces of a wrong encoding."), _Seen()).add(line)
             row = row if config.clean.broken_text == "keep" else None
         for problem in wrong:
-            found.setdefault(problem, []).append(line)
+            found.setdefault(problem, _Seen()).add(line)
         if row is not None and not wrong:
             group = str(raw[grouped]) if grouped else None
-            kept.append(Entry(row, source.place(line), identity(row), group))
+            yield Entry(row, source.place(line), identity(row), group, origin, line)
+    ledger.read[split] = ledger.read.get(split, 0) + read
     refused = []
-    for (kind, what), lines in found.items():
+    for (kind, what), seen in found.items():
         action = getattr(config.clean, kind)
         if action == "error":
-            refused.append(_listed(where, source, what, lines))
+            refused.append(listed(where, what, [source.place(line) for line in seen.lines], seen.count))
         else:
-            ledger.note(kind, split, what, action, map(source.place, lines))
+            ledger.note(kind, split, what, action, map(source.place, seen.lines), seen.count)
     if refused:
         raise InputError(*refused)
-    return kept
+
+
+@dataclass
+class _Seen:
+    """How many lines have a problem, and the first of them."""
+
+    count: int = 0
+    lines: list[int] = field(default_factory=list)
+
+    def add(self, line: int) -> None:
+        self.count += 1
+        if len(self.lines) < SHOWN:
+            self.lines.append(line)
+
+
+def lenient(clean: Clean) -> Clean:
+    """Returns the policy under which everything is counted and nothing refused."""
+    return Clean(**{name: "drop" if action == "error" else action for name, action in clean.model_dump().items()})
 
 
 def identity(row: Row) -> str:
@@ -103,7 +136,7 @@ def identity(row: Row) -> str:
     shown = {name: value.strip() for name, value in row.items() if name != "label"}
     if row.get("instruction"):
         del shown["response"]
-    return json.dumps({name: value for name, value in shown.items() if value}, sort_keys=True)
+    return _SORTED({name: value for name, value in shown.items() if value})
 
 
 def text_of(row: Row) -> str:
@@ -118,8 +151,7 @@ def divided(rows: list[Row], config: DataConfig) -> list[Row]:
     return [part for row in rows for part in tasks.load("chat").divide(row)] if config.task == "chat" else rows
 
 
-def _row(raw: dict, columns: dict[str, str], config: DataConfig) -> tuple[Row | None, list[tuple[str, str]]]:
-    task = tasks.load(config.task)
+def _row(raw: dict, columns: dict[str, str], config: DataConfig, task) -> tuple[Row | None, list[tuple[str, str]]]:
     row: Row = {}
     wrong = []
     for ours, theirs in columns.items():
@@ -156,16 +188,17 @@ def _row(raw: dict, columns: dict[str, str], config: DataConfig) -> tuple[Row | 
     return row, []
 
 
-def _listed(where: str, source: Source, what: str, lines: list[int]) -> Problem:
-    shown = ", ".join(map(source.place, lines[:SHOWN]))
-    more = f" and {len(lines) - SHOWN} more lines" if len(lines) > SHOWN else ""
-    return Problem(where, f"{shown}{more}: {what}", "Correct or remove the rows, or name other columns in data.columns.")
+def listed(where: str, what: str, places: Sequence[str], count: int) -> Problem:
+    """Returns the problem that so many rows have, the first of which stand at these places."""
+    more = f" and {count - len(places)} more lines" if count > len(places) else ""
+    remedy = "Correct or remove the rows, or name other columns in data.columns."
+    return Problem(where, f"{', '.join(places)}{more}: {what}", remedy)
 
 
 def _columns(records: list[dict], config: DataConfig, where: str) -> dict[str, str]:
     """Returns our name -> the file's, from the user first and the usual names second.
 
-    A column must stand in the first record; an optional one may come later.
+    A column must stand in the first record; an optional one may come later, among the records given.
     """
     task = tasks.load(config.task)
     found, chosen = [], {}

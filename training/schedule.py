@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from training.data import Tokenized
+from training.errors import wrong
 from training.recipe import Recipe
 from training.world import World
 
@@ -20,29 +24,36 @@ class Plan:
     steps: int
     batch: int
     micro: int
-    order: list[int] = field(repr=False)
+    order: Sequence[int] = field(repr=False)
 
     def micro_batches(self, step: int, rank: int, workers: int) -> list[list[int]]:
         """Returns this worker's rows of one step, cut into forwards; equally many on every worker."""
-        mine = self.order[step * self.batch : (step + 1) * self.batch][rank::workers]
+        mine = list(self.order[step * self.batch : (step + 1) * self.batch][rank::workers])
         return [mine[i : i + self.micro] for i in range(0, len(mine), self.micro)]
 
 
 def plan(recipe: Recipe, rows: Tokenized, *, workers: int) -> Plan:
     """Returns the rows of every step: one seeded permutation per epoch, batches running on across epochs, all full.
 
+    Where rows come from several sources, each step has its share of each by weight, to within one row of what is due from the
+    beginning on. A source's rows come in permutations of their own, so none comes again before all the others of its source
+    did; an epoch is as many rows as there are.
+
     Raises:
         ValueError: the batch cannot be shared equally among the workers.
+        InputError: the recipe's mix names no source of the data, or leaves none.
     """
     if recipe.batch_size % workers:
         raise ValueError(f"batch_size must be a multiple of the workers, got {recipe.batch_size} and {workers}")
     rng = random.Random(recipe.seed)
-    order: list[int] = []
+    order = array("q")
+    if rows.weights or recipe.mix:
+        drawn = _mixed(rows, weights(recipe, rows), recipe.batch_size, rng)
+    else:
+        drawn = _permutations(range(len(rows)), rng)
 
     def extend():
-        epoch = list(range(len(rows)))
-        rng.shuffle(epoch)
-        order.extend(epoch)
+        order.extend(itertools.islice(drawn, len(rows)))
 
     if recipe.steps:
         steps = recipe.steps
@@ -59,6 +70,56 @@ def plan(recipe: Recipe, rows: Tokenized, *, workers: int) -> Plan:
         extend()
     share = recipe.batch_size // workers
     return Plan(steps, recipe.batch_size, min(recipe.micro_batch or share, share), order)
+
+
+def _permutations(rows: Sequence[int], rng: random.Random) -> Iterator[int]:
+    while True:
+        epoch = array("q", rows)
+        rng.shuffle(epoch)
+        yield from epoch
+
+
+def weights(recipe: Recipe, rows: Tokenized) -> dict[str, float]:
+    """Returns the share of each source among the rows that are drawn: the data's weights, where `mix` has no others.
+
+    Rows that belong to no source (validation rows of a file of their own, in a final model) are drawn as often as the average.
+    """
+    if strange := set(recipe.mix or {}) - set(rows.weights):
+        known = ", ".join(rows.weights) or "none: data.train is no mapping of names"
+        raise wrong("recipe.mix", f"names {', '.join(sorted(strange))}, which is no source of data.train.", f"Known: {known}.")
+    chosen = rows.weights | (recipe.mix or {})
+    counts: dict[str, int] = {}
+    for name, count in rows.parts:
+        counts[name] = counts.get(name, 0) + count
+    known = sum(weight for name, weight in chosen.items() if name in counts)
+    if not known:
+        raise wrong("recipe.mix", "leaves no source a weight above 0.", "Raise one.")
+    if other := counts.get("", 0):
+        chosen |= {"": known * other / (sum(counts.values()) - other)}
+    total = sum(weight for name, weight in chosen.items() if name in counts)
+    return {name: chosen[name] / total for name in counts if chosen[name]}
+
+
+def _mixed(rows: Tokenized, shares: dict[str, float], batch: int, rng: random.Random) -> Iterator[int]:
+    """Yields rows by the sources' shares: next is always the source that is furthest behind; shuffled within a batch."""
+    members = {name: array("q") for name in shares}
+    at = 0
+    for name, count in rows.parts:
+        if name in members:
+            members[name].extend(range(at, at + count))
+        at += count
+    drawn = {name: _permutations(own, rng) for name, own in members.items()}
+    behind = dict.fromkeys(shares, 0.0)
+    while True:
+        some = []
+        for _ in range(batch):
+            for name, share in shares.items():
+                behind[name] += share
+            name = max(behind, key=behind.__getitem__)
+            behind[name] -= 1
+            some.append(next(drawn[name]))
+        rng.shuffle(some)
+        yield from some
 
 
 def rate(recipe: Recipe, step: int, steps: int) -> float:

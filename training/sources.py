@@ -12,12 +12,11 @@ import csv
 import datetime
 import decimal
 import hashlib
-import io
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,16 +30,21 @@ KINDS = {
     ".arrow": "arrow", ".feather": "arrow",
 }  # fmt: skip
 OTHER_NAMES = {"validation": ("validation", "valid", "val", "dev"), "test": ("test",), "train": ("train",)}
+BATCH = 8192  # records of a table that are Python objects at one time
 Record = tuple[int, dict | str]  # line and record, or line and what is wrong there
 
 
 @dataclass(frozen=True)
 class Source:
-    """Records of one file or folder; `digest` is of its content, `unit` stands between its name and a record's number."""
+    """Records of one file or folder, read once and while they are asked for.
+
+    `digest` is of its content, `size` is in bytes, `unit` stands between its name and a record's number.
+    """
 
     name: str
-    records: list[Record]
+    records: Iterable[Record]
     digest: bytes
+    size: int
     unit: str = ":"
 
     def place(self, line: int) -> str:
@@ -71,60 +75,96 @@ def load(name: str, split: str, kind: str | None, where: str) -> Source:
     if name.startswith(HUB) or path.is_dir():
         if kind is not None:
             raise wrong("data.format", f"is for files, and {name} is none.", "Leave it out.")
-        content = _lines(_data_set(name, path, split, where))
-        return Source(name, list(_jsonl(content)), hashlib.sha256(content.encode()).digest(), " row ")
+        found = _data_set(name, path, split, where)
+        digest, size = hashlib.sha256(), 0
+        for line in _lines(found):
+            digest.update(line.encode())
+            size += len(line)
+        return Source(name, _jsonl(_lines(found)), digest.digest(), size, " row ")
     if not path.exists():
         raise wrong(where, f"no such file: {name}.", "Paths are relative to the study file.")
     kind = kind or KINDS.get(path.suffix.lower())
     if kind is None:
         raise wrong(where, f"cannot tell the format of {path.name}.", "Set data.format to jsonl or csv.")
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").digest()
+            file.seek(0)
+            start = next((line for line in file if line.strip()), b"")
     except OSError as error:
         raise wrong(where, f"{name} cannot be read ({error.strerror}).", "Check its permissions.") from None
-    if not content.strip():
+    if not start:
         raise wrong(where, f"{name} is empty.", "Give at least a few rows.")
-    digest = hashlib.sha256(content).digest()
+    return Source(name, _records(path, kind, start.removeprefix(b"\xef\xbb\xbf").lstrip(), name, where), digest,
+                  path.stat().st_size, " row " if kind in ("parquet", "arrow") else ":")  # fmt: skip
+
+
+def _records(path: Path, kind: str, start: bytes, name: str, where: str) -> Iterator[Record]:
     if kind in ("parquet", "arrow"):
-        return Source(name, list(enumerate(_table(content, kind, name, where), 1)), digest, " row ")
-    text = _text(content, name, where)
-    if kind == "json" and not text.lstrip().startswith("[") and not _one_object(text):
-        kind = "jsonl"  # a usual name for it
-    if kind == "jsonl" and text.lstrip().startswith("["):
+        yield from enumerate(_table(path, kind, name, where), 1)
+    elif kind == "csv":
+        yield from _csv(_text(path, name, where, newline=""))
+    elif kind == "jsonl" and start.startswith(b"["):
         raise wrong(where, f"{name} is one JSON array.", "Write one object per line (JSONL), or name the file .json.")
-    readers = {"jsonl": _jsonl, "csv": _csv}
-    return Source(name, list(readers[kind](text)) if kind in readers else _json(text, name, where), digest)
+    elif kind == "jsonl":
+        yield from _jsonl(_text(path, name, where))
+    else:
+        text = "".join(_text(path, name, where))  # JSON has no lines to go by: it is read whole
+        # JSONL is often named so
+        yield from _json(text, name, where) if start.startswith(b"[") or _one_object(text) else _jsonl(text.split("\n"))
 
 
-def keep(name: str, split: str, where: str, folder: Path) -> Path:
-    """Copies what one split is read from into a folder and returns the file; reading it gives the same rows and digest."""
+def keep(name: str, split: str, where: str, folder: Path, *, called: str | None = None) -> Path:
+    """Copies what one split is read from into a folder and returns the file; reading it gives the same rows and digest.
+
+    Args:
+        name, split, where: as in `load`.
+        folder: where the copy goes.
+        called: the copy's name; default the split's.
+    """
     source = locate(name)
     whole = name.startswith(HUB) or source.is_dir()
-    target = folder / f"{split}{'.jsonl' if whole else source.suffix}"
+    target = folder / f"{called or split}{'.jsonl' if whole else source.suffix}"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
         aside = target.with_name(f".{target.name}.{os.getpid()}")
         if whole:
-            aside.write_text(_lines(_data_set(name, source, split, where)), encoding="utf-8")
+            with aside.open("w", encoding="utf-8") as file:
+                file.writelines(_lines(_data_set(name, source, split, where)))
         else:
             shutil.copyfile(source, aside)
         aside.rename(target)
     return target
 
 
-def _text(content: bytes, name: str, where: str) -> str:
-    if b"\0" in content:
-        line = content[: content.index(b"\0")].count(b"\n") + 1
-        raise wrong(where, f"{name}:{line}: a NUL byte; this is not a text file.", "Give JSONL or CSV in UTF-8.")
+def _text(path: Path, name: str, where: str, *, newline: str = "\n") -> Iterator[str]:
+    """Yields the lines of a text file, line ends as they stand there; newline="" ends a line at a carriage return too."""
+    said = f"{name}:{{}}: a NUL byte; this is not a text file."
     try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise wrong(where, f"{name}:{line}: byte {error.start} is not UTF-8.", "Convert the file to UTF-8.") from None
+        with path.open(encoding="utf-8-sig", newline=newline) as file:
+            for line, text in enumerate(file, 1):
+                if "\0" in text:
+                    raise wrong(where, said.format(line), "Give JSONL or CSV in UTF-8.")
+                yield text
+    except UnicodeDecodeError:
+        pass
+    else:
+        return
+    at = 0
+    with path.open("rb") as file:  # what was decoded ahead does not tell the place
+        for line, raw in enumerate(file, 1):
+            if b"\0" in raw:
+                raise wrong(where, said.format(line), "Give JSONL or CSV in UTF-8.")
+            try:
+                raw.decode()
+            except UnicodeDecodeError as error:
+                where_it_is = f"{name}:{line}: byte {at + error.start} is not UTF-8."
+                raise wrong(where, where_it_is, "Convert the file to UTF-8.") from None
+            at += len(raw)
 
 
-def _csv(text: str) -> Iterator[Record]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+def _csv(lines: Iterable[str]) -> Iterator[Record]:
+    reader = csv.DictReader(lines, strict=True)
     try:
         for raw in reader:
             if None in raw:
@@ -135,8 +175,8 @@ def _csv(text: str) -> Iterator[Record]:
         yield reader.reader.line_num, f"is not CSV ({error})."
 
 
-def _jsonl(text: str) -> Iterator[Record]:
-    for line, raw in enumerate(text.split("\n"), 1):
+def _jsonl(lines: Iterable[str]) -> Iterator[Record]:
+    for line, raw in enumerate(lines, 1):
         if not raw.strip():
             continue
         try:
@@ -207,21 +247,36 @@ def _start_of_list(text: str, name: str, where: str) -> int:
         at = _SPACE.match(text, at).end() + 1  # over the comma
 
 
-def _table(content: bytes, kind: str, name: str, where: str) -> list[dict]:
+def _table(path: Path, kind: str, name: str, where: str) -> Iterator[dict]:
     import pyarrow as pa
     import pyarrow.ipc
     import pyarrow.parquet
 
     try:
-        if kind == "parquet":
-            return pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
-        try:
-            return pyarrow.ipc.open_file(content).read_all().to_pylist()
-        except pa.ArrowInvalid:  # the stream format, in which Hugging Face keeps its data sets
-            return pyarrow.ipc.open_stream(content).read_all().to_pylist()
+        with pa.OSFile(str(path)) as file:
+            if kind == "parquet":
+                batches = pyarrow.parquet.ParquetFile(file).iter_batches(BATCH)
+            else:
+                batches = _arrow_batches(file)
+            for batch in batches:
+                for start in range(0, batch.num_rows, BATCH):
+                    yield from batch.slice(start, BATCH).to_pylist()
     except (pa.ArrowException, OSError) as error:
         first = (str(error).splitlines() or [""])[0][:200]
         raise wrong(where, f"{name} is not {kind.capitalize()} ({first}).", "Write it again.") from None
+
+
+def _arrow_batches(file: Any) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.ipc
+
+    try:
+        reader = pyarrow.ipc.open_file(file)
+    except pa.ArrowInvalid:  # the stream format, in which Hugging Face keeps its data sets
+        file.seek(0)
+        yield from pyarrow.ipc.open_stream(file)
+    else:
+        yield from map(reader.get_batch, range(reader.num_record_batches))
 
 
 def _data_set(name: str, path: Path, split: str, where: str) -> Any:
@@ -235,7 +290,7 @@ def _data_set(name: str, path: Path, split: str, where: str) -> Any:
                 raise wrong(where, f"{name} is no data set's id.", "Write hub:OWNER/NAME, with /CONFIGURATION or @REVISION.")
             found = datasets.load_dataset(parts[1], parts[2], revision=parts[3])
         elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            found = datasets.load_from_disk(str(path), keep_in_memory=True)
+            found = datasets.load_from_disk(str(path))
         else:
             found = _folder(name, path, where)
     except InputError:
@@ -253,28 +308,44 @@ def _data_set(name: str, path: Path, split: str, where: str) -> Any:
     raise wrong(where, f"{name} has no split for {split}; it has {', '.join(map(str, found))}.", "Name a file of its own.")
 
 
-def _folder(name: str, path: Path, where: str) -> dict[str, list[dict]]:
+class _Files:
+    """Rows of several files, one file after the other, as often as they are asked for."""
+
+    def __init__(self, files: list[Path], where: str):
+        self.files, self.where = files, where
+
+    def __iter__(self) -> Iterator[dict]:
+        for file in self.files:
+            source, broken, first = load(str(file), "train", None, self.where), 0, ""
+            for line, record in source.records:
+                if isinstance(record, dict):
+                    yield record
+                    continue
+                broken += 1
+                first = first or f"{source.place(line)}: {record}"
+            if broken:
+                raise wrong(self.where, first, f"{broken} such lines. Correct or remove them.")
+
+
+def _folder(name: str, path: Path, where: str) -> dict[str, _Files]:
     """Returns the rows of a folder's files by split, named as Hugging Face names them: train-00000-of-00002.parquet."""
     # Only here and one folder below: a folder named by mistake may hold a whole disk.
     files = [f for f in sorted([*path.glob("*"), *path.glob("data/*")]) if f.suffix.lower() in KINDS and f.is_file()]
     files = [f for f in files if f.suffix.lower() != ".json" or _SPLIT.search(f.stem.lower())]  # others describe the data
     if not files:
         raise wrong(where, f"{name} is a folder without a data set.", "Name a JSONL or CSV file.")
-    found: dict[str, list[dict]] = {}
+    found: dict[str, list[Path]] = {}
     for file in files:
         said = _SPLIT.search(file.stem.lower())
-        source = load(str(file), "train", None, where)
-        if broken := [f"{source.place(line)}: {what}" for line, what in source.records if isinstance(what, str)]:
-            raise wrong(where, broken[0], f"{len(broken)} such lines. Correct or remove them.")
-        found.setdefault(said[1] if said else "train", []).extend(record for _, record in source.records)
-    return found
+        found.setdefault(said[1] if said else "train", []).append(file)
+    return {split: _Files(some, where) for split, some in found.items()}
 
 
 _SPLIT = re.compile(r"(?:^|[^a-z])(train|validation|valid|val|dev|test)(?=[^a-z]|$)")
 
 
-def _lines(rows: Any) -> str:
-    return "".join(json.dumps(row, ensure_ascii=True, default=_plain) + "\n" for row in rows)
+def _lines(rows: Iterable[dict]) -> Iterator[str]:
+    return (json.dumps(row, ensure_ascii=True, default=_plain) + "\n" for row in rows)
 
 
 def _plain(value: Any) -> Any:

@@ -9,33 +9,48 @@ of training, and the counts are kept.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterable
 
 from training import duplicates
-from training.errors import wrong
+from training.errors import InputError, Problem, wrong
 from training.recipe import DataConfig
-from training.rows import Entry, Ledger, text_of
+from training.rows import SHOWN, Entry, Ledger, text_of
 
 Bag = dict[str, Entry]  # what stays on one side: the first entry of each key
 
 
-def hold_out(splits: dict[str, list[Entry]], config: DataConfig, rng: random.Random) -> list[str]:
-    """Fills in the missing splits from the training rows, in place, without a shared row; returns notes."""
-    notes = []
+def hold_out(splits: dict[str, list[Entry]], config: DataConfig, seed: int) -> list[str]:
+    """Fills in the missing splits from the training rows, in place, without a shared row; returns notes.
+
+    Of a mixture each source gives its share by a seed of its own, so that neither weights nor other sources change it.
+    """
     missing = [name for name in ("test", "validation") if name not in splits]
-    names = _bag_names(splits["train"], config) if missing else []
-    bag_of = {id(entry): name for entry, name in zip(splits["train"], names, strict=bool(missing))}
+    whole = {origin: list(some) for origin, some in itertools.groupby(splits["train"], lambda entry: entry.origin)}
+    splits |= {name: [] for name in (*missing, "train")}
+    for origin, entries in whole.items():
+        parts = _parted(entries, missing, config, random.Random(f"{seed} {origin}" if origin else seed))
+        for name, part in parts.items():
+            splits[name] += part
+    each = " of each source" if len(whole) > 1 else ""
+    return [f"{name}: {len(splits[name])} rows cut from the training rows{each} {how(config)}" for name in missing]
+
+
+def _parted(entries: list[Entry], missing: list[str], config: DataConfig, rng: random.Random) -> dict[str, list[Entry]]:
+    """Returns the entries of one source as train and the missing splits."""
+    names = _bag_names(entries, config) if missing else []
+    bag_of = {id(entry): name for entry, name in zip(entries, names, strict=bool(missing))}
+    parts = {}
     for name in missing:
         bags: dict[object, Bag] = {}
-        for entry in splits["train"]:
+        for entry in entries:
             bags.setdefault(bag_of[id(entry)], {}).setdefault(entry.key, entry)
         chosen = _chosen(list(bags.values()), getattr(config.split, name), config, rng)
-        splits[name] = [entry for bag in chosen for entry in bag.values()]
+        parts[name] = [entry for bag in chosen for entry in bag.values()]
         held = {bag_of[id(next(iter(bag.values())))] for bag in chosen}
-        splits["train"] = [entry for entry in splits["train"] if bag_of[id(entry)] not in held]
-        notes.append(f"{name}: {len(splits[name])} rows cut from the training rows {_how(config)}")
-    return notes
+        entries = [entry for entry in entries if bag_of[id(entry)] not in held]
+    return parts | {"train": entries}
 
 
 def sketches(entries: list[Entry]) -> list[duplicates.Sketch]:
@@ -43,7 +58,8 @@ def sketches(entries: list[Entry]) -> list[duplicates.Sketch]:
     return duplicates.sketch([text_of(entry.row) for entry in entries])
 
 
-def _how(config: DataConfig) -> str:
+def how(config: DataConfig) -> str:
+    """Returns in words how rows are held out."""
     by = {"seed": "by seed", "group": f"by groups of {config.split.column}",
           "stratified": f"by seed, stratified by {config.split.column or 'label'}"}[config.split.by]  # fmt: skip
     return by + (", near-duplicates on one side" if config.split.together == "near" else "")
@@ -153,3 +169,36 @@ def _without(
         raise wrong(f"data.{split}", f"{len(lost)} rows {what} ({places}).", f"Remove them, or set data.clean.{kind}: drop.")
     gone = {id(entry) for entry in lost}
     return [entry for entry in entries if id(entry) not in gone] if gone else entries
+
+
+def labels_of(config: DataConfig, present: dict[str, set[str]]) -> tuple[str, ...]:
+    """Returns the labels of a classification task, given those of each split; none of other tasks."""
+    if config.task != "classification":
+        return ()
+    labels = config.labels or tuple(sorted(present["train"]))
+    if len(labels) < 2:
+        raise wrong("data.labels", f"classification needs two labels, got {list(labels)}.", "Check data.columns.label.")
+    for name, some in present.items():
+        if strange := some - set(labels):
+            raise wrong(
+                f"data.{name}", f"labels that are not in data.labels: {sorted(strange)[:SHOWN]}.", "Add them, or remove the rows."
+            )
+    return labels
+
+
+def check(origins: dict[str, Iterable[str]], config: DataConfig) -> None:
+    """Raises InputError where a split, or a source that training rows should come from, has no row; given the sources of all."""
+    remedy = "Give more rows, or a file of its own for this split."
+    present = {name: set(some) for name, some in origins.items()}
+    found = [Problem(f"data.{name}", "no row is left.", remedy) for name, some in present.items() if not some]
+    if present["train"]:
+        empty = [name for name in config.origins() if name not in present["train"]]
+        found += [Problem(f"data.train.{name}", "no row is left.", remedy) for name in empty]
+    if found:
+        raise InputError(*found)
+
+
+def left_out(ledger: Ledger) -> list[str]:
+    """Returns notes on the rows that `config.clean` took out."""
+    return [f"{f.split}: {f.count} rows left out: {f.what}" for f in ledger.findings
+            if f.action == "drop" and f.kind not in ("leak", "near_leak")]  # fmt: skip

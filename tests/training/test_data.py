@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from training import data
+from training import data, tokens
 from training.data import prepare, prompt_of, read, template_problems, tokenize
 from training.errors import InputError
 from training.model import load_tokenizer
@@ -358,9 +358,9 @@ def test_the_cache_gives_the_same_rows(tmp_path, tokenizer, monkeypatch):
     rows = read(config)
     fresh = prepare(rows, config, tokenizer, 64)
     assert prepare(rows, config, tokenizer, 64, cache=str(tmp_path / "cache")) == fresh
-    monkeypatch.setattr(data, "tokenize", None)  # from now on only the cache can answer
+    monkeypatch.setattr(tokens, "tokenize", None)  # from now on only the cache can answer
     assert prepare(rows, config, tokenizer, 64, cache=str(tmp_path / "cache")) == fresh
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".json"]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_the_cache_knows_other_rows_tokenizers_lengths_and_templates(tmp_path, tokenizer, plain):
@@ -475,7 +475,7 @@ def test_rows_and_digest_of_a_study_that_says_nothing_new_stay_as_they_were(tmp_
 # Rows that are too long
 
 
-@pytest.mark.parametrize("how", ["cut_prompt", "cut_end", "drop", "error"])
+@pytest.mark.parametrize("how", ["cut_prompt", "cut_end", "cut_both", "drop", "error"])
 def test_what_is_too_long_is_treated_as_said_and_counted(tokenizer, how):
     rows = [{"instruction": "word " * 60, "response": "answer"}, {"instruction": "short", "response": "long " * 60},
             {"instruction": "short", "response": "answer"}]  # fmt: skip
@@ -495,6 +495,11 @@ def test_what_is_too_long_is_treated_as_said_and_counted(tokenizer, how):
     if how == "cut_end":
         assert found.ids[1] == whole.ids[1][:30] and found.prompt_lengths[1] == whole.prompt_lengths[1]
         assert found.ids[0] == whole.ids[0][-30:]  # its prompt alone leaves no room
+    if how == "cut_both":
+        for ids, length, before, was in zip(found.ids, found.prompt_lengths, whole.ids, whole.prompt_lengths, strict=True):
+            kept = len(ids) - length
+            assert ids == before[was - length : was + kept]  # the prompt's end and the response's beginning
+            assert abs(kept / len(ids) - (len(before) - was) / len(before)) < 1 / len(ids)
 
 
 def test_held_out_rows_are_the_same_whatever_becomes_of_long_training_rows(tmp_path, tokenizer):

@@ -40,7 +40,7 @@ def cut(table, split: Split, seed: int) -> dict[str, list[Entry]]:
         for entry in entries:
             entry.group = None
     parts = {"train": entries}
-    hold_out(parts, config, random.Random(seed))
+    hold_out(parts, config, seed)
     separate(parts, config, Ledger())
     return parts
 
