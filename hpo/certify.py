@@ -88,7 +88,7 @@ def certify(spec: Spec, trials: Sequence[Trial], data: DataConfig, call: Call, *
         return {t.number: _measured(t, m) for t, m in zip(todo, found, strict=True)}
 
     # A group of several workers is timed as it ran: its time alone would be that of another set-up.
-    alone = real and spec.resources.workers == 1 and "seconds" in spec.objectives
+    alone = real and spec.evaluation.timing == "measured" and spec.resources.workers == 1 and "seconds" in spec.objectives
     measured = settle(trials, spec.targets, measure, known) if alone else {}
     settled = with_measured(trials, measured)
     chosen = choose(settled, spec.targets, spec.choose)

@@ -34,6 +34,16 @@ class Verdict:
     seconds: float | None = None
 
 
+def wall(limit: int | None, ran_out: Sequence[int]) -> int | None:
+    """Returns the predicted bytes that a recipe may have: those of the limit, and fewer than any that ran out all the same.
+
+    Args:
+        ran_out: predicted for the trials that were launched and ran out of memory or over the limit.
+    """
+    lowest = min(ran_out, default=None)
+    return limit if lowest is None or (limit is not None and lowest > limit) else lowest - 1
+
+
 def seconds_of(recipe: Recipe, history: Sequence[Trial]) -> float | None:
     """Returns how long the training steps of a recipe take by the trials that differ in nothing that matters for it, or None.
 
@@ -67,6 +77,19 @@ def too_long(recipe: Recipe, limit: float | None, history: Sequence[Trial]) -> t
     return predicted, f"{predicted:,.4g} seconds predicted from other trials, over the limit of {limit:,.4g}"
 
 
+def _bytes(recipe: Recipe, shape: Shape, resources: Resources, tokens_per_row: int) -> int:
+    device = "cuda" if resources.gpus else "cpu"
+    return memory.predict(recipe, shape, workers=resources.workers, tokens_per_row=tokens_per_row, device=device).total
+
+
+def predict(recipe: Recipe, shape: Shape, resources: Resources, tokens_per_row: int) -> int | None:
+    """Returns the peak bytes of a recipe as it stands, or None where they cannot be predicted."""
+    try:
+        return _bytes(recipe, shape, resources, tokens_per_row)
+    except InputError:
+        return None
+
+
 def judge(recipe: Recipe, shape: Shape | None, limits: Limits, resources: Resources, tokens_per_row: int) -> Verdict:
     """Returns what to do with a recipe.
 
@@ -81,13 +104,12 @@ def judge(recipe: Recipe, shape: Shape | None, limits: Limits, resources: Resour
         return Verdict(recipe, None)
     for field, rule, remedy in clashes(recipe, resources):
         return Verdict(recipe, None, f"{field}: {rule} {remedy}")
-    device = "cuda" if resources.gpus else "cpu"
     share = max(1, recipe.batch_size // resources.workers)
     micro = min(recipe.micro_batch or share, share)
     while True:
         cut = recipe if micro == share else recipe.model_copy(update={"micro_batch": micro})
         try:
-            predicted = memory.predict(cut, shape, workers=resources.workers, tokens_per_row=tokens_per_row, device=device).total
+            predicted = _bytes(cut, shape, resources, tokens_per_row)
         except InputError as error:
             return Verdict(cut, None, str(error))
         if limits.peak_bytes is None or predicted <= limits.peak_bytes:

@@ -100,7 +100,7 @@ class _Walk:
         if trial.origin == ORIGIN:
             self.ordered += 1
         else:
-            params, _, origin = next_point(spec, visible(spec, self.known.values(), number), number)
+            params, _, origin = next_point(spec, visible(spec, [self.known[n] for n in sorted(self.known)], number), number)
             self.suggestions += 1
             if params is None or key(params) != key(trial.params) or origin != trial.origin:
                 self.difference = Difference(number, None, _said(trial.params, trial.origin), _said(params, origin))

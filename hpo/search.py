@@ -26,7 +26,7 @@ from hpo.spec import Spec
 from hpo.steer import ORIGIN, Inbox
 from hpo.store import Holder, Record, Store, with_state
 from hpo.trial import CurvePoint, State, Trial
-from training.recipe import DataConfig, Job, Outcome, Progress, Recipe
+from training.recipe import DataConfig, Job, Limits, Outcome, Progress, Recipe
 
 REFUSALS = 200  # points in a row that the gate may refuse before the space counts as exhausted
 Judge = Callable[[Params, Recipe], gate.Verdict]
@@ -203,7 +203,7 @@ class Search:
     @property
     def trials(self) -> list[Trial]:
         """All trials by number, without curves."""
-        return [self._trials[number] for number in sorted(self._trials)]
+        return list(self._trials.values())  # numbers are given in order
 
     @property
     def cost(self) -> float:
@@ -253,14 +253,19 @@ class Search:
         return reason is not None
 
     def _gate(self, params: Params, recipe: Recipe) -> gate.Verdict:
-        verdict = gate.judge(recipe, self._shape, self.spec.limits, self.spec.resources, self._tokens_per_row)
-        seconds, refusal = gate.too_long(verdict.recipe, self.spec.seconds_limit, self._visible())
+        seen, limits = self._visible(), self.spec.limits
+        if self._shape is not None:
+            ran_out = [t.recipe for t in seen if t.attempts and t.state == "infeasible" and _out_of_memory(t, limits)]
+            sizes = [gate.predict(r, self._shape, self.spec.resources, self._tokens_per_row) for r in ran_out]
+            limits = limits.model_copy(update={"peak_bytes": gate.wall(limits.peak_bytes, [s for s in sizes if s is not None])})
+        verdict = gate.judge(recipe, self._shape, limits, self.spec.resources, self._tokens_per_row)
+        seconds, refusal = gate.too_long(verdict.recipe, self.spec.seconds_limit, seen)
         return dataclasses.replace(verdict, seconds=seconds, refusal=verdict.refusal or refusal)
 
     def _stalled(self) -> bool:
         """Says whether the search finds nothing more by `budget.stall`; it is worked out once for each trial that ends."""
-        stall, finished = self.spec.budget.stall, self.finished
-        if stall is None or self._has_stalled[0] == finished:
+        stall = self.spec.budget.stall
+        if stall is None or self._has_stalled[0] == (finished := self.finished):
             return stall is not None and self._has_stalled[1]
         targets, trials = self.spec.targets, self._visible()
         if self._reference is None and (point := growth.reference(trials, targets, self.spec.limits_of_losses)):
@@ -316,19 +321,24 @@ class Search:
         return self._trials[trial.number]
 
 
+def _out_of_memory(trial: Trial, limits: Limits) -> bool:
+    peak = trial.outcome.peak_bytes or 0
+    return "out of memory" in trial.outcome.reason or (limits.peak_bytes is not None and peak > limits.peak_bytes)
+
+
 def lag_of(spec: Spec) -> int | None:
     """Returns by how many numbers a trial comes after those that it learns from, or None where it learns from all that ended."""
     return (spec.budget.parallel or 1) if spec.budget.order == "number" else None
 
 
 def visible(spec: Spec, trials: Sequence[Trial], number: int) -> list[Trial]:
-    """Returns the trials by number, as the one with this number may see them; see `Budget.order`."""
-    lag, ordered = lag_of(spec), sorted(trials, key=lambda trial: trial.number)
+    """Returns the trials, given by number, as the one with this number may see them; see `Budget.order`."""
+    lag = lag_of(spec)
     if lag is None:
-        return ordered
+        return list(trials)
     # What was refused was so before anything could happen to it; what may have ended or not counts as running.
     running = {"state": "running", "outcome": None, "error": None, "finished": None}
-    seen = [t if t.number <= number - lag or not t.attempts else t.model_copy(update=running) for t in ordered]
+    seen = [t if t.number <= number - lag or not t.attempts else t.model_copy(update=running) for t in trials]
     return [t.model_copy(update={"finished": float(t.number)}) if t.final else t for t in seen]
 
 
@@ -348,11 +358,11 @@ def next_point(
     if number == 0 and resolve is None:
         return spec.space.project(spec.recipe) or {}, spec.recipe, "defaults"
     resolve = resolve or functools.partial(spec.space.resolve, defaults=spec.recipe)
-    tried = {space.key(trial.params) for trial in trials} if spec.start else set()
+    tried = {trial.key for trial in trials} if spec.start else set()
     for point in spec.start:
         if space.key(point) not in tried:
             return point, resolve(point), "start"
-    history = [trial for trial in trials if spec.space.contains(trial.params)]
+    history = [trial for trial in trials if trial.inside(spec.space)]
     suggest = algorithms.load(spec.algorithm.name)
     params = suggest(spec.space, spec.targets, history, random.Random(f"{spec.seed}:{number}"), **spec.algorithm.options)
     return (None, None, "") if params is None else (params, resolve(params), spec.algorithm.name)

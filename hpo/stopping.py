@@ -29,7 +29,7 @@ from training.recipe import Outcome
 
 Rule = Callable[..., str | None]
 
-LATEST = 64
+LATEST = 32
 """Finished trials whose curves `front` looks at: enough to know how scores go on, few enough for a report to cost nothing."""
 REACHED = 1000
 """Latest trials that `asha` and `fixed` compare with."""
@@ -49,9 +49,9 @@ def front(
     trial: Trial,
     objectives: Sequence[Objective],
     *,
-    grace: Annotated[float, Field(ge=0, lt=1)] = 0.1,
+    grace: Annotated[float, Field(ge=0, lt=1)] = 0.05,
     patience: Annotated[int, Field(ge=1, le=1000)] = 2,
-    finished: Annotated[int, Field(ge=1, le=LATEST)] = 5,
+    finished: Annotated[int, Field(ge=1, le=LATEST)] = 3,
     neighbours: Annotated[int, Field(ge=1, le=LATEST)] = 5,
     margin: Annotated[float, Field(ge=0, le=1)] = 0.01,
 ) -> str | None:
@@ -74,7 +74,7 @@ def front(
         return None
     members = front_of(known, objectives)
     learned = sorted(known, key=lambda other: other.number)[-LATEST:]
-    for point in points:
+    for point in reversed(points):
         best = _optimistic(point, learned, objectives, neighbours, margin)
         beaten = next((m for m in members if _no_worse(_losses(m.outcome, objectives), best)), None)
         if beaten is None:

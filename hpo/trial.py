@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from hpo.space import Params
+from hpo.space import Params, Space, key
 from training.recipe import Frozen, Outcome, Recipe
 
 State = Literal["running", "complete", "stopped", "infeasible", "diverged", "failed", "cancelled"]
@@ -48,3 +48,19 @@ class Trial(Frozen):
     @property
     def final(self) -> bool:
         return self.state in FINAL
+
+    @property
+    def key(self) -> tuple:
+        """The identity of its point, see `hpo.space.key`."""
+        # Asked for again and again, of every trial of a history. A copy with other params does not take it over.
+        memo = self.__dict__.get("_key")
+        if memo is None or memo[0] is not self.params:
+            memo = self.__dict__["_key"] = (self.params, key(self.params))
+        return memo[1]
+
+    def inside(self, space: Space) -> bool:
+        """Says whether its point lies in a space."""
+        memo = self.__dict__.get("_inside")
+        if memo is None or memo[0] is not self.params or memo[1] is not space:
+            memo = self.__dict__["_inside"] = (self.params, space, space.contains(self.params))
+        return memo[2]

@@ -19,8 +19,8 @@ import torch
 from training import checkpoint, evaluate, metrics, stability
 from training.data import Prepared, Tokenized, prepare, read, sample
 from training.errors import wrong
-from training.meter import Stopwatch, gemm_seconds
-from training.model import computing, describe, device_of, load_tokenizer
+from training.meter import Counted, Stopwatch, gemm_seconds, operations
+from training.model import Shape, computing, describe, device_of, load_tokenizer
 from training.recipe import Job, Outcome, Progress, Report, clashes
 from training.run import Run, probe_bytes, set_up
 from training.schedule import Plan, plan, rate, supervised
@@ -43,11 +43,12 @@ class _Ledger:
 
     world: World
     device: str
-    watch: Stopwatch
+    watch: Stopwatch | Counted
     conditions: dict
     step: int = 0
     steps: int = 1
     tokens: int = 0
+    shape: Shape | None = None
     trainable: int | None = None
     peak: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
@@ -74,7 +75,8 @@ def train(job: Job, report: Report = NO_REPORT) -> Outcome:
     """
     world = World.join()
     device = device_of(job.resources)
-    ledger = _Ledger(world, device, Stopwatch(device), {"device": _device_name(device), "workers": world.size, **versions()})
+    watch = Counted() if job.evaluation.timing == "counted" else Stopwatch(device)
+    ledger = _Ledger(world, device, watch, {"device": _device_name(device), "workers": world.size, **versions()})
     try:
         return _train(job, report, world, device, ledger)
     except _End as end:
@@ -99,7 +101,7 @@ def _train(job: Job, report: Report, world: World, device: str, ledger: _Ledger)
     recipe = job.recipe
     for field_name, rule, remedy in clashes(recipe, job.resources):
         raise wrong(f"recipe.{field_name}", rule, remedy)
-    shape = describe(recipe.model, recipe.revision)
+    shape = ledger.shape = describe(recipe.model, recipe.revision)
     tokenizer = load_tokenizer(recipe)
     prepared = prepare(read(job.data), job.data, tokenizer, recipe.max_length, cache=job.cache)
     rows = prepared.train if job.rows == "train" else prepared.train + prepared.validation
@@ -134,7 +136,10 @@ def _steps(job: Job, report: Report, run: Run, planned: Plan, rows: Tokenized, s
         loss, norm = run.step(rows, chunks, supervised(rows, planned, step), rate(job.recipe, step, planned.steps))
         seen = seen.see(loss)
         ledger.step = step + 1
-        ledger.tokens += sum(len(rows.ids[r]) for r in planned.order[step * planned.batch : (step + 1) * planned.batch])
+        lengths = [len(rows.ids[r]) for r in planned.order[step * planned.batch : (step + 1) * planned.batch]]
+        ledger.tokens += sum(lengths)
+        if isinstance(ledger.watch, Counted):
+            ledger.watch.count(operations(job.recipe, ledger.shape, ledger.trainable, lengths) / run.world.size)
         if reason := stability.diverged(seen, loss, norm):
             ledger.watch.stop()
             raise _End("diverged", reason)

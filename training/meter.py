@@ -1,18 +1,22 @@
 """Seconds and bytes of training itself.
 
-Owns: `count_bytes`, which counts live tensor storage on any device; `Stopwatch`.
-Must not know: what is trained.
+Owns: `count_bytes`, which counts live tensor storage on any device; `Stopwatch`, and `Counted` in place of it.
+Must not know: what is learned.
 """
 
 from __future__ import annotations
 
 import time
 import weakref
+from collections.abc import Sequence
 from contextlib import contextmanager
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from training.model import Shape
+from training.recipe import Recipe
 
 
 class ByteCounter(TorchDispatchMode):
@@ -90,6 +94,41 @@ class Stopwatch:
     def _wait(self) -> None:
         if self._cuda:
             torch.cuda.synchronize()
+
+
+class Counted:
+    """In place of a Stopwatch: seconds that a fixed rate of operations would take, the same on every machine and every time."""
+
+    RATE = 1e11
+    """Operations per second: about a CPU core's; a GPU does hundreds of times as many. Only ratios mean something."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def start(self) -> None:
+        """Nothing: time does not count."""
+
+    def stop(self) -> float:
+        """Returns 0.0: time does not count."""
+        return 0.0
+
+    def count(self, operations: float) -> None:
+        """Adds operations of training steps."""
+        self.seconds += operations / self.RATE
+
+
+def operations(recipe: Recipe, shape: Shape, trainable: int, lengths: Sequence[int]) -> float:
+    """Returns the operations of training on rows of these lengths, padding left out.
+
+    Per token two for each weight forward, as many for the gradients of what is passed on, and two for each trained weight
+    (Kaplan et al. 2020, section 2.1); with checkpointing the forward pass again. Attention adds four per layer, element and
+    pair of tokens forward and twice that backward, halved because it only looks back.
+    """
+    weights = shape.linear_parameters + shape.vocabulary * shape.hidden
+    again = 2 * weights if recipe.gradient_checkpointing else 0
+    each = 4 * weights + again + 2 * trainable
+    pairs = (8 if recipe.gradient_checkpointing else 6) * shape.layers * shape.hidden
+    return sum(each * length + pairs * length * length for length in lengths)
 
 
 def gemm_seconds(size: int = 384, repeats: int = 20) -> float:

@@ -250,6 +250,9 @@ class EvaluationConfig(Frozen):
     metrics: tuple[str | OwnMetric, ...] = Field(
         (), description="scores of trials beside accuracy and loss: perplexity, rouge_l, ..., or module:function"
     )
+    timing: Literal["measured", "counted"] = Field(
+        "measured", description="seconds; counted: those that the operations take at a fixed rate, the same on every machine"
+    )
     answers: Whole = Field(200, ge=1, description="held-out rows that are answered in words, where a metric looks at answers")
     max_new_tokens: Whole = Field(128, ge=1, le=100_000, description="longest answer")
     retention: str | None = Field(

@@ -25,7 +25,7 @@ def suggest(space: Space, objectives: Sequence[Objective], history: Sequence[Tri
     When the draws meet nothing new, a space of at most a million points is walked through in the order of its grid for
     the first that is new; in any other the answer is None.
     """
-    tried = {key(trial.params) for trial in history}
+    tried = {trial.key for trial in history}
     for _ in range(TRIES):
         point = space.sample(rng)
         if key(point) not in tried:

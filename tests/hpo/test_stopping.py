@@ -96,7 +96,7 @@ def test_one_bad_score_is_noise_and_two_in_a_row_are_not():
 def test_nothing_is_ended_in_its_grace_or_before_enough_are_finished_or_at_its_end():
     hopeless = {upto: running(0.01, 500, upto) for upto in (1, 2, 5, 10)}
     assert stopping.front(FINISHED, hopeless[5], TWO)
-    assert stopping.front(FINISHED[:4], hopeless[5], TWO) is None
+    assert stopping.front(FINISHED[:2], hopeless[5], TWO) is None
     assert stopping.front(FINISHED, hopeless[5], TWO, grace=0.45) is None
     assert stopping.front(FINISHED, hopeless[1], TWO) is None
     assert stopping.front(FINISHED, hopeless[10], TWO) is None
