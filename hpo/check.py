@@ -47,16 +47,21 @@ class Findings:
 
 
 def load(
-    source: str | Path | Mapping[str, Any], sets: Sequence[str] = (), *, trained_elsewhere: bool = False
-) -> tuple[Loaded, Findings]:
+    source: str | Path | Mapping[str, Any], sets: Sequence[str] = (), *, trained_elsewhere: bool = False,
+    also: Sequence[str] = (),
+) -> tuple[Loaded, Findings]:  # fmt: skip
     """Returns a study as it was read, and what was found out about it.
+
+    Args:
+        source, sets, also: as `hpo.spec.load`.
+        trained_elsewhere: as `inspect`.
 
     Raises:
         NotFound: no such bundled study and no such file.
         SpecError: with every problem, of the file itself and between it and model, rows and machine.
     """
     try:
-        loaded = specs.load(source, sets)
+        loaded = specs.load(source, sets, also=also)
     except SpecError as error:
         if error.sound is None:
             raise
@@ -94,7 +99,7 @@ def _look(
         return not specs.touches(broken, *paths)
 
     found = [*(_machine(spec) if sound("resources") else ()), *(_storage(spec) if sound("storage") else ())]
-    if spec.train == "simulated" or trained_elsewhere or not sound("train"):
+    if spec.train != "loop" or trained_elsewhere or not sound("train"):
         return found, None, None, None
     found += _clashes(spec) if sound("recipe", "space", "start", "resources") else []
     shapes: dict[str, Shape] = {}

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo import certify, check, choosing, endpoint, growth, local
+from hpo import certify, check, choosing, endpoint, extensions, growth, local
 from hpo import promote as promotion
 from hpo import spec as specs
 from hpo.certificate import Certificate
@@ -30,7 +30,7 @@ from hpo.spec import Loaded, Spec
 from hpo.steer import Steer, hull, orders, steered
 from hpo.store import Record, Store, open_store
 from hpo.trial import Trial
-from training import retention, sources
+from training import own, retention, sources
 from training.recipe import DataConfig, Job, Outcome, Train
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class Study:
         self._ended: threading.Event | None = None
         self._error: BaseException | None = None
         self._search: Search | None = None
+        self._brought = own.now()  # what was an argument of the run
 
     def __repr__(self) -> str:
         return f"<Study {self.name} at {self.store.url.render_as_string(hide_password=True)}>"
@@ -223,7 +224,7 @@ class Study:
         """
         tell, record = _teller(on_status), self.record
         self.store.upgrade()
-        with self.store.hold(record.id), _backend(record.spec, None, tell) as backend:
+        with own.given(self._brought), self.store.hold(record.id), _backend(record.spec, None, tell) as backend:
             data = _snapshot(record.spec, record.digest)
             return promotion.promote(self.store, record, self.history(), data, backend.bench(tell), number=trial)
 
@@ -350,31 +351,48 @@ def open_the_store(storage: str | None = None, database: str | None = None) -> S
     return open_store(str(storage_of(storage)), database, create=False)
 
 
-def run(source: Any, sets: Sequence[str] = (), *, train: Train | None = None, on_status: OnStatus = lambda status: None) -> Study:
+def run(
+    source: Any, sets: Sequence[str] = (), *, train: Train | None = None, metrics: Mapping[str, Callable] | None = None,
+    tasks: Mapping[str, Any] | None = None, methods: Mapping[str, Any] | None = None,
+    on_status: OnStatus = lambda status: None,
+) -> Study:  # fmt: skip
     """Runs a study to the end of its budget, or continues it, and returns it.
 
     Args:
         source: a bundled study's name, a path, or a dict.
         sets: overrides as path=value.
         train: a user's own train function with the signature of `training.loop.train`.
+        metrics: name -> (answer, expected, prompt) -> number; each is a score of that name in every trial.
+        tasks: name -> `training.tasks.Task`, for `data.task: given:NAME`.
+        methods: name -> `training.adapters.Method`, for `recipe.adapter: given:NAME` or a space.
         on_status: is told of progress.
 
     Raises:
         SpecError: the study cannot run; nothing was started or written.
         StudyChanged, StudyBusy, StoreError, BackendError: as their names say.
     """
-    return _run(*check.load(source, sets, trained_elsewhere=train is not None), train, on_status, lambda study: None)
+    with own.given(extensions.arguments(metrics=metrics, tasks=tasks, methods=methods)):
+        return _run(*_loaded(source, sets, train, metrics), train, on_status, lambda study: None)
+
+
+def _loaded(source: Any, sets: Sequence[str], train: Train | None, metrics: Mapping[str, Callable] | None):
+    also = [f"{own.GIVEN}:{name}" for name in metrics or ()]
+    return check.load(source, sets, trained_elsewhere=train is not None, also=also)
 
 
 def start(
-    source: Any, sets: Sequence[str] = (), *, train: Train | None = None, on_status: OnStatus = lambda status: None
-) -> Study:
+    source: Any, sets: Sequence[str] = (), *, train: Train | None = None, metrics: Mapping[str, Callable] | None = None,
+    tasks: Mapping[str, Any] | None = None, methods: Mapping[str, Any] | None = None,
+    on_status: OnStatus = lambda status: None,
+) -> Study:  # fmt: skip
     """Starts a study in a thread of this process and returns it once it is on the record; see `Study.wait` and `stop`.
 
     Raises:
         As `run`, for what is found before the first trial.
     """
-    loaded, findings = check.load(source, sets, trained_elsewhere=train is not None)
+    brought = extensions.arguments(metrics=metrics, tasks=tasks, methods=methods)
+    with own.given(brought):
+        loaded, findings = _loaded(source, sets, train, metrics)
     ready, ended, box = threading.Event(), threading.Event(), {}
 
     def work():
@@ -383,7 +401,8 @@ def start(
             ready.set()
 
         try:
-            _run(loaded, findings, train, on_status, began)
+            with own.given(brought):
+                _run(loaded, findings, train, on_status, began)
         except KeyboardInterrupt:
             pass  # `Study.stop`: what was asked for is no error
         except BaseException as error:
@@ -574,6 +593,7 @@ class _Backend:
 def _backend(spec: Spec, train: Train | None, tell: Callable) -> Iterator[_Backend]:
     """Yields where trials run. With Ray the cluster is joined, and found large enough, before anything is written."""
     real = train is None and spec.train == "loop"
+    train = train or (own.load(spec.train, "train") if own.is_own(spec.train) else None)
     if spec.resources.mode == "local" or spec.train == "simulated":
         from training import simulate
 

@@ -27,6 +27,7 @@ from ray.tune.search import Searcher
 from hpo.errors import BackendError, InputError, Problem
 from hpo.search import Search, job_of
 from serving.targets import haproxy
+from training import own
 from training.recipe import DataConfig, Job, Outcome, Progress, Resources
 from training.workers import ENVIRONMENT, GRACE, WorkersFailed, WorkersLost, call_on_group, mailbox_of, run_group
 
@@ -177,7 +178,9 @@ def run_search(
     folder.mkdir(parents=True, exist_ok=True)
     with mailbox_of(search.spec.name) as mailbox:
         course = _Course(search, data, parallel, mailbox, on_change)
-        drive = tune.with_parameters(_drive, mailbox=mailbox, storage=str(folder), train=train, grace=grace)
+        drive = tune.with_parameters(
+            _drive, mailbox=mailbox, storage=str(folder), train=train, grace=grace, brought=own.now()
+        )
         tuner = tune.Tuner(
             tune.with_resources(drive, DRIVER),
             tune_config=tune.TuneConfig(
@@ -256,7 +259,8 @@ def train_alone(job: Job, name: str, *, storage: str, on_progress: Callable[[Pro
                 raise BackendError(f"{name}: {error}") from error
 
 
-def _drive(config: dict, mailbox: Any = None, storage: str = "", train: Callable | None = None, grace: float = GRACE) -> None:
+def _drive(config: dict, mailbox: Any = None, storage: str = "", train: Callable | None = None, grace: float = GRACE,
+           brought: dict | None = None) -> None:  # fmt: skip
     """One Tune trial: drives one worker group and ends normally with what came of it, so that the reason is never lost."""
 
     # Everything is reported by this one thread. Ray's own TuneReportCallback reports from another process, and where Tune is
@@ -266,7 +270,8 @@ def _drive(config: dict, mailbox: Any = None, storage: str = "", train: Callable
 
     job = Job.model_validate_json(config["job"])
     try:
-        outcome = run_group(job, config["run"], mailbox, storage=storage, on_progress=pass_on, train=train, grace=grace)
+        with own.given(brought):
+            outcome = run_group(job, config["run"], mailbox, storage=storage, on_progress=pass_on, train=train, grace=grace)
     except InputError as error:
         tune.report({"share": 0.0, "wrong": json.dumps([(p.where, p.rule, p.remedy) for p in error.problems])})
     except WorkersLost as error:

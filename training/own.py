@@ -42,6 +42,11 @@ def given(things: Mapping[str, Any] | None) -> Iterator[None]:
         _given.reset(token)
 
 
+def now() -> dict[str, Any]:
+    """Returns the arguments known here, to be handed to another process."""
+    return dict(_given.get())
+
+
 def load(name: str, where: str) -> Any:
     """Returns what a name stands for.
 

@@ -30,6 +30,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util import get_current_placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from training import own
 from training.errors import InputError
 from training.loop import out_of_memory
 from training.recipe import Job, Outcome, Progress, Resources
@@ -160,7 +161,7 @@ def run_group(
         WorkersFailed: the training code raised.
         InputError: the training code found the user's mistake.
     """
-    config = {"job": job.model_dump_json(), "run": run, "mailbox": mailbox, "train": train}
+    config = {"job": job.model_dump_json(), "run": run, "mailbox": mailbox, "train": train, "own": own.now()}
     fit = _Fit(_train_worker, config, job.resources, run, storage)
     killed, reason = False, None
 
@@ -200,7 +201,7 @@ def call_on_group(function: str, payload: dict[str, Any], resources: Resources, 
     Raises:
         WorkersLost, WorkersFailed, InputError: as `run_group`. What ran out of memory counts as failed.
     """
-    config = {"function": function, "payload": json.dumps(payload), "threads": _threads(resources)}
+    config = {"function": function, "payload": json.dumps(payload), "threads": _threads(resources), "own": own.now()}
     fit = _Fit(_call_worker, config, resources.model_copy(update={"workers": 1}), run, storage)
     while fit.running():
         pass
@@ -275,7 +276,7 @@ def _train_worker(config: dict) -> str:
         from training.loop import train
 
         quiet()
-    with _in_words():
+    with _in_words(), own.given(config["own"]):
         outcome = train(job, report)
         if not isinstance(outcome, Outcome):
             raise TypeError(f"the train function must return an Outcome, got {type(outcome).__name__}")
@@ -286,7 +287,7 @@ def _call_worker(config: dict) -> str:
     torch.set_num_threads(config["threads"])
     quiet()
     module, _, name = config["function"].rpartition(".")
-    with _in_words():
+    with _in_words(), own.given(config["own"]):
         return json.dumps(getattr(importlib.import_module(module), name)(**json.loads(config["payload"])))
 
 
