@@ -95,6 +95,29 @@ def export(
 
 
 @models.command()
+def evaluate(
+    label: Label,
+    tasks: Annotated[str, typer.Option(help="of the lm-evaluation-harness, by comma: arc_easy,hellaswag")],
+    include: Annotated[str | None, typer.Option(help="folder of tasks of your own, in the harness's YAML")] = None,
+    limit: Annotated[int | None, typer.Option(help="rows of each task at most: to try, not to claim", min=1)] = None,
+    shots: Annotated[int | None, typer.Option(help="examples before each question; default: the task's own", min=0)] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    storage: Storage = None,
+    as_json: Json = False,
+):
+    """Score a registered model by the lm-evaluation-harness (an extra: paretune[lm-eval])."""
+    from training import harness
+
+    _, model = _model(label, storage)
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    found = harness.run(model.folder, names, include=include, limit=limit, shots=shots, device=device)
+    if as_json:
+        print_json({"model": model.label, "tasks": found})
+    else:
+        console().print(show_models.harness_text(model, found))
+
+
+@models.command()
 def reproduce(label: Label, storage: Storage = None, as_json: Json = False):
     """Make a model again from its record, and say whether it matches. Exit code 1 where it does not."""
     from hpo.study import reproduce as reproduced

@@ -154,3 +154,18 @@ def _interval(found: dict[str, Any] | None) -> str:
     if found["low"] is None:
         return number(found["value"])
     return f"{number(found['value'])} \\[{number(found['low'])}, {number(found['high'])}]"
+
+
+def harness_text(model: Model, found: dict[str, dict[str, Any]]):
+    """Returns the scores of the lm-evaluation-harness, as a table."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=f"{model.label} by the lm-evaluation-harness", box=box.SIMPLE, title_justify="left")
+    for name in ("task", "score", "value", "standard error"):
+        table.add_column(name)
+    for task, scores in found.items():
+        for name in [n for n in scores if not n.endswith("_stderr")]:
+            error = scores.get(f"{name}_stderr")
+            table.add_row(task, name, *(f"{v:.4g}" if isinstance(v, (int, float)) else "-" for v in (scores[name], error)))
+    return table

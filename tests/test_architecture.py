@@ -39,6 +39,7 @@ ONLY = {
     "peft": {"training/adapters.py", "training/checkpoint.py", "training/merge.py"},
     "deepspeed": {"training/run.py", "training/workers.py"},
     "gguf": {"training/gguf.py"},
+    "lm_eval": {"training/harness.py"},
     "rouge_score": {"training/metrics.py"},
     "sacrebleu": {"training/metrics.py"},
 }  # fmt: skip

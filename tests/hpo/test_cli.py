@@ -19,7 +19,7 @@ from hpo.study import run
 
 COMMANDS = ["init", "data", "check", "run", "list", "show", "report", "export", "schema", "doctor", "steer", "replay"]
 GROUPS = {
-    "model": ["promote", "list", "show", "rollback", "export", "reproduce", "remove"],
+    "model": ["promote", "list", "show", "rollback", "export", "evaluate", "reproduce", "remove"],
     "endpoint": ["deploy", "ask", "list", "traffic", "remove"],
 }
 
