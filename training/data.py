@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -21,7 +22,7 @@ from training.errors import InputError, Problem
 from training.recipe import Clean, DataConfig
 from training.rows import Entry, Finding, Ledger, Row
 from training.sources import EMBEDDED, HUB, locate
-from training.splits import labels_of, left_out
+from training.splits import labels_of, left_out, mixed
 from training.templates import chat_template_of, prompt_of, prompts_of, template_problems
 from training.tokens import Prepared, Tokenized, prepare, sample, tokenize
 
@@ -151,6 +152,7 @@ def _held(given: Given, config: DataConfig, seed: int, digest: str, unread: list
     labels = labels_of(config, {name: {entry.row.get("label", "") for entry in part} for name, part in parts.items()})
     parts["train"] = _limited(parts["train"], config, seed)
     splits.check({name: [entry.origin for entry in part] for name, part in parts.items()}, config)
+    notes += mixed(config, Counter(entry.origin for entry in parts["train"]).items())
     return Sides(parts, labels, (*notes, *left_out(ledger)), digest, ledger)
 
 

@@ -244,6 +244,7 @@ def sides(given: Any, config: DataConfig, seed: int, digest: str) -> Sides:
     chosen["train"] = _limited(shelf, chosen["train"], config, seed)
     by = {name: _by_source(shelf, some) for name, some in chosen.items()}
     splits.check({name: [origin for origin, count in some if count] for name, some in by.items()}, config)
+    notes += splits.mixed(config, by["train"])
     notes.append(f"{sum(map(len, chosen.values())):,} rows stay on disk, in {folder}")
     views = {name: View(shelf, chosen[name]) for name in ("train", "validation", "test")}
     sources = {name: tuple((origin, count) for origin, count in by[name] if count) for name in views}

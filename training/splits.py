@@ -198,6 +198,13 @@ def check(origins: dict[str, Iterable[str]], config: DataConfig) -> None:
         raise InputError(*found)
 
 
+def mixed(config: DataConfig, counts: Iterable[tuple[str, int]]) -> list[str]:
+    """Returns a note on what training rows are mixed of, given the rows of each source; none where there is one file."""
+    weights = {name: origin.weight for name, origin in config.origins().items() if name}
+    said = [f"{name} {count} (weight {weights[name]:g})" for name, count in counts if name in weights]
+    return [f"train: rows of {', '.join(said)}"] if said else []
+
+
 def left_out(ledger: Ledger) -> list[str]:
     """Returns notes on the rows that `config.clean` took out."""
     return [f"{f.split}: {f.count} rows left out: {f.what}" for f in ledger.findings

@@ -112,6 +112,7 @@ def test_held_out_rows_come_from_each_source_and_do_not_depend_on_weights(mixtur
         assert counted == {"small": 3, "large": {"validation": 27, "test": 30}[name]}
         assert usual.parts[name] == (("small", 3), ("large", counted["large"]))
     assert usual.weights == {"small": 1.0, "large": 1.0}
+    assert "train: rows of small 24 (weight 1), large 243 (weight 1)" in usual.notes
 
 
 def test_a_row_of_two_sources_stands_on_one_side(tmp_path):

@@ -151,6 +151,7 @@ def test_a_mixture_stays_on_disk_with_limits_and_parts(tmp_path):
              for name, start, size in (("a", 0, 40), ("b", 1000, 200))}  # fmt: skip
     train["b"]["limit"] = 50
     rows = read(DataConfig(train=train, stream_above=1000))
+    assert "train: rows of a 32 (weight 1), b 50 (weight 1)" in rows.notes
     assert rows.large and rows.parts["train"] == (("a", 32), ("b", 50)) and rows.parts["test"] == (("a", 4), ("b", 20))
     limited = read(DataConfig(train=train, stream_above=1000, limit=30))
     assert len(limited.train) == 30 and as_text(limited.test) == as_text(rows.test)
