@@ -37,29 +37,38 @@ app.command()(steer)
 
 @app.command()
 def init(
-    file: Annotated[str, typer.Argument(help="rows as JSONL or CSV")],
+    file: Annotated[str | None, typer.Argument(help="rows as JSONL or CSV, a folder, hub:OWNER/NAME")] = None,
     model: Annotated[str, typer.Option(help="`embedded`, a folder or a Hugging Face id")] = "embedded",
     out: Annotated[Path | None, typer.Option(help="where to write; default NAME.yaml here")] = None,
     name: Annotated[str | None, typer.Option(help="name of the study; default from the file")] = None,
+    origin: Annotated[str | None, typer.Option("--from", help="a training file of Axolotl, LLaMA-Factory or TRL")] = None,
     as_json: Json = False,
 ):
-    """Look at a data file, a model and this machine, and write a study file that runs."""
+    """Look at a data file, a model and this machine, or at another program's training file, and write a study file."""
+    from hpo.adopt import adopt
     from hpo.draft import draft
     from hpo.spec import parse
 
     if out is not None and not out.parent.is_dir():
         raise typer.BadParameter(f"{out} cannot be written (there is no folder {out.parent}).")
-    made = draft(file, model, name=name, folder=out.parent if out else None)
+    if (file is None) == (origin is None):
+        raise typer.BadParameter("name either a data file, or with --from a training file of another program.")
+    folder = out.parent if out else None
+    made = adopt(origin, name=name, folder=folder) if origin else draft(file, model, name=name, folder=folder)
+    left = getattr(made, "left", ())
     path = out or Path(f"{parse(made.text)['name']}.yaml")
     if path.exists():
         raise typer.BadParameter(f"{path} exists. Name another file with --out, or remove it.")
     with _writing(path):
         path.write_text(made.text, encoding="utf-8")
     if as_json:
-        print_json({"path": str(path), "notes": made.notes})
+        also = {"left": [{"key": key, "value": value, "remedy": what} for key, value, what in left]} if origin else {}
+        print_json({"path": str(path), "notes": made.notes} | also)
         return
     for note in made.notes:
         say(f"  {note}")
+    for key, value, what in left:
+        say(f"  {key}: {value} has no counterpart. {what}")
     say(f"Wrote {path}. Next: hpo check {path}")
 
 
@@ -197,20 +206,37 @@ def report(
 @app.command()
 def export(
     name: Name,
-    out: Annotated[Path, typer.Option(help="file to write: .csv, .json or .parquet")],
+    out: Annotated[str, typer.Option("--out", "--output", help="file to write, or with --format optuna a storage URL")],
+    to: Annotated[str | None, typer.Option("--to", help="the winner as a training file: axolotl, llamafactory or trl")] = None,
+    kind: Annotated[str | None, typer.Option("--format", help="csv, json, parquet (default: as --out ends) or optuna")] = None,
+    trial: Annotated[int | None, typer.Option(help="with --to: another trial than the winner")] = None,
     storage: Storage = None,
 ):
-    """Write the trials of a study as a table."""
+    """Write a study's trials as a table or into an Optuna storage (for its dashboard), or its winner for another program."""
     from hpo.study import open_study
 
-    table = open_study(name, storage=storage).trials()
-    writers = {".csv": lambda: table.to_csv(out, index=False), ".json": lambda: table.to_json(out, orient="records", indent=1),
-               ".parquet": lambda: table.to_parquet(out, index=False)}  # fmt: skip
-    if out.suffix not in writers:
-        raise typer.BadParameter(f"--out must end in {', '.join(writers)}, got {out.name}")
-    with _writing(out):
-        writers[out.suffix]()
-    say(f"Wrote {len(table)} trials to {out}")
+    study, file = open_study(name, storage=storage), Path(out)
+    if trial is not None and to is None:
+        raise typer.BadParameter("--trial needs --to.")
+    if to is not None:
+        with _writing(file):
+            unsaid = study.export_to(to, file, trial=trial)
+        for one in unsaid:
+            say(f"  not said there: {one}")
+        say(f"Wrote {file}")
+        return
+    if kind == "optuna":
+        made = study.to_optuna(out)
+        say(f"Wrote {len(made.trials)} trials to {out}. To look at them: optuna-dashboard {out}")
+        return
+    kind, table = kind or file.suffix.removeprefix("."), study.trials()
+    writers = {"csv": lambda: table.to_csv(file, index=False), "json": lambda: table.to_json(file, orient="records", indent=1),
+               "parquet": lambda: table.to_parquet(file, index=False)}  # fmt: skip
+    if kind not in writers:
+        raise typer.BadParameter(f"--out must end in {', '.join(f'.{one}' for one in writers)}, got {file.name}")
+    with _writing(file):
+        writers[kind]()
+    say(f"Wrote {len(table)} trials to {file}")
 
 
 @app.command()

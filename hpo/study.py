@@ -163,6 +163,38 @@ class Study:
             rows.append(row)
         return pandas.DataFrame(rows)
 
+    def to_optuna(self, storage: str | None = None):
+        """Returns the study as one of Optuna's, in memory, or in a storage (a SQLAlchemy URL) for its dashboard.
+
+        Raises:
+            InputError: the storage cannot be used.
+        """
+        from hpo import exports
+
+        spec = self.spec
+        return exports.to_optuna(self.name, hull(spec, orders(self.store, self.record.id)), spec.targets, self.history(), storage)
+
+    def export_to(self, program: str, path: str | Path, *, trial: int | None = None) -> list[str]:
+        """Writes the winner, or another trial, as a training file of axolotl, llamafactory or trl.
+
+        Returns:
+            What that program cannot say, in sentences.
+
+        Raises:
+            InputError: no such program, or the file exists.
+            NotFound: no such trial, or no winner yet.
+        """
+        from hpo import exports
+
+        found = self.winner() if trial is None else next((t for t in self.history() if t.number == trial), None)
+        if found is None:
+            raise NotFound(f"Study {self.name} has no {'winner yet' if trial is None else f'trial {trial}'}.")
+        spec, recipe = self.spec, found.recipe
+        if "model" not in spec.space.root:
+            recipe = recipe.model_copy(update={"model": spec.recipe.model})
+        title = f"Trial {found.number} of the Paretune study {self.name}."
+        return exports.to_file(program, recipe, spec.data, Path(path), workers=spec.resources.workers, title=title)
+
     def view(self):
         """Returns all that a report shows."""
         from hpo.figures import View

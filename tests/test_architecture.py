@@ -23,13 +23,14 @@ LAYERS = (
     # What a run is made of.
     ("check", "local", "simulator", "replay", "tune", "evidence", "certify", "figures", "report", "promote", "endpoint",
      "comparison", "report_comparison"),
-    ("study", "draft", "doctor"),  # the facade, and what helps to begin
+    ("dialects", "exports"),  # other programs' files
+    ("study", "draft", "adopt", "doctor"),  # the facade, and what helps to begin
     ("show", "show_models", "terminal", "cli_models", "cli_data", "cli_steer", "cli", "__init__", "__main__"),  # doors
 )
 # Nothing but these files may name these libraries.
 ONLY = {
     "ray": {"hpo/tune.py", "training/workers.py", "serving/targets/ray_serve.py"},
-    "optuna": {"hpo/algorithms/bayes.py"},
+    "optuna": {"hpo/algorithms/bayes.py", "hpo/exports.py"},
     "pymoo": {"hpo/algorithms/nsga2.py"},
     "moocore": {"hpo/pareto.py"},
     "sqlalchemy": {"hpo/store.py"},
