@@ -16,6 +16,7 @@ from typing import Any
 
 from hpo import gate
 from hpo import spec as specs
+from hpo.algorithms.auto import choose
 from hpo.errors import InputError, Problem, SpecError
 from hpo.space import Params
 from hpo.spec import Loaded, Spec
@@ -25,6 +26,7 @@ from training.data import Rows, Tokenized
 from training.model import Shape, describe, load_tokenizer, match
 from training.recipe import Recipe, clashes
 
+PAYS = 300  # trials that nsga2 needs to be ahead of random search (benchmarks/search)
 SAMPLED = 200  # random points of the space that the memory prediction is tried on
 COMBINATIONS = 4096  # of the space's choices that are looked at, so that a space of many does not delay the start
 
@@ -84,7 +86,18 @@ def inspect(spec: Spec, *, trained_elsewhere: bool = False) -> Findings:
     found, shape, rows, tokenized = _look(spec, frozenset(), trained_elsewhere)
     if found:
         raise SpecError(*found)
-    return _predict(spec, shape, rows, tokenized) if rows else Findings(spec)
+    return _predict(spec, shape, rows, tokenized) if rows else Findings(spec, notes=advice(spec))
+
+
+def advice(spec: Spec) -> tuple[str, ...]:
+    """Returns what is to be known of the search algorithm beforehand: why it was chosen, or why another would do better."""
+    name, trials = spec.algorithm.name, spec.budget.trials
+    if name == "auto":
+        chosen, why = choose(spec.space, len(spec.objectives), 0)
+        return (f"algorithm: auto takes {chosen}: {why}",)
+    if name == "nsga2" and trials < PAYS:
+        return (f"nsga2 needs about {PAYS} trials to be ahead of random search, got {trials}: use algorithm: bayes",)
+    return ()
 
 
 def _look(
@@ -262,7 +275,7 @@ def _predict(spec: Spec, shape: Shape, rows: Rows, tokenized: Tokenized) -> Find
         refusals += verdict.refusal is not None
         example = example or (f"{_brief(recipe, spec)}: {verdict.refusal}" if verdict.refusal else "")
         totals += [verdict.predicted] if verdict.predicted else []
-    notes = list(rows.notes)
+    notes = [*advice(spec), *rows.notes]
     if tokenized.cut:
         notes.append(
             f"{tokenized.cut} of {len(tokenized)} training prompts are longer than recipe.max_length and lose their "

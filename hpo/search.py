@@ -347,7 +347,8 @@ def next_point(
 ) -> tuple[Params | None, Recipe | None, str]:
     """Returns the point of the next trial, its recipe and where it comes from: a pure function of what is known.
 
-    The defaults are first, then the user's start points, then the algorithm proposes; (None, None, "") when nothing is left.
+    The defaults are first, then the user's start points, then those of the prior, then the algorithm proposes; (None, None, "")
+    when nothing is left.
 
     Args:
         spec: the study as it is now.
@@ -358,10 +359,11 @@ def next_point(
     if number == 0 and resolve is None:
         return spec.space.project(spec.recipe) or {}, spec.recipe, "defaults"
     resolve = resolve or functools.partial(spec.space.resolve, defaults=spec.recipe)
-    tried = {trial.key for trial in trials} if spec.start else set()
-    for point in spec.start:
-        if space.key(point) not in tried:
-            return point, resolve(point), "start"
+    given = [*((point, "start") for point in spec.start), *((point, "prior") for point in spec.prior.points)]
+    tried = {trial.key for trial in trials} if given else set()
+    for point, origin in given:
+        if space.key(point) not in tried and (origin == "start" or spec.space.contains(point)):
+            return point, resolve(point), origin
     history = [trial for trial in trials if trial.inside(spec.space)]
     suggest = algorithms.load(spec.algorithm.name)
     params = suggest(spec.space, spec.targets, history, random.Random(f"{spec.seed}:{number}"), **spec.algorithm.options)

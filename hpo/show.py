@@ -111,6 +111,7 @@ def study_text(study: Study):
         states[trial.state] = states.get(trial.state, 0) + 1
     counted = ", ".join(f"{count} {state}" for state, count in states.items()) or "no trials yet"
     parts: list[Any] = [f"[bold]{spec.name}[/bold]: {counted}" + (" (running now)" if study.running() else "")]
+    parts += [escape(said) for said in study.advice]
     members = study.front()
     if members:
         parts.append(front_table(study, members))

@@ -5,7 +5,7 @@ Must not know: trials, algorithms, files.
 
 A point of a space (`Params`) is a dict from Recipe field to a plain Python value. Where a dimension says `times: rank`,
 the point holds the factor and the Recipe gets factor x rank. A dimension with `when` exists only at points where
-another choice has the given value; elsewhere the field keeps its default.
+another choice has the given value, or one of those given; elsewhere the field keeps its default.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ LENGTHS = ("epochs", "steps", "tokens")
 
 class _Dimension(Frozen):
     times: str | None = Field(None, description="another dimension or field of the recipe that the value is multiplied by")
-    when: dict[str, Value] | None = Field(None, description="exists only where the other choice has this value")
+    when: dict[str, Value | tuple[Value, ...]] | None = Field(
+        None, description="exists only where the other choice has this value, or one of these"
+    )
 
 
 class Float(_Dimension):
@@ -262,8 +264,12 @@ class Space(RootModel[dict[str, Dimension]]):
         return active if self.contains(active) else None
 
 
-def _holds(when: Mapping[str, Value] | None, params: Mapping[str, Value]) -> bool:
-    return all(params.get(name) == value for name, value in (when or {}).items())
+def _holds(when: Mapping[str, Value | tuple[Value, ...]] | None, params: Mapping[str, Value]) -> bool:
+    return all(params.get(name) in _listed(value) for name, value in (when or {}).items())
+
+
+def _listed(value: Value | tuple[Value, ...]) -> tuple[Value, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def key(params: Mapping[str, Value]) -> tuple:
@@ -293,8 +299,10 @@ def problems(space: Space, defaults: Recipe) -> list[tuple[str, str]]:
             controller = space.root.get(other)
             if not isinstance(controller, Choice) or controller.when:
                 found.append((f"{name}.when", f"must name an unconditional choice of the space, got {other}"))
-            elif not controller.contains(value):
-                found.append((f"{name}.when.{other}", f"must be one of {list(controller.values)}, got {value!r}"))
+            else:
+                for one in _listed(value):
+                    if not controller.contains(one):
+                        found.append((f"{name}.when.{other}", f"must be one of {list(controller.values)}, got {one!r}"))
         found += _outside_recipe(space, name, dimension, defaults)
     return found or _refused_together(space, defaults)
 

@@ -60,6 +60,13 @@ class Stall(Frozen):
     gain: Number = Field(0.01, gt=0, le=1, description="that together grew the hypervolume by less than this part of it")
 
 
+class Prior(Frozen):
+    """What is known before the first trial: written as a name or a list of them; see hpo/prior.py."""
+
+    sources: tuple[str, ...] = Field((), description="earlier studies in the same storage, and lora for what is known of LoRA")
+    points: tuple[Params, ...] = Field((), description="what came of the sources; written into the record when a study begins")
+
+
 class Budget(Frozen):
     """How much may be spent. Raising it later continues the study."""
 
@@ -124,6 +131,7 @@ class Spec(Frozen):
     limits: Limits = Limits()
     algorithm: Algorithm = Algorithm()
     stopping: Stopping = Stopping()
+    prior: Prior = Prior()
     budget: Budget = Budget()
     resources: Resources = Resources()
     choose: Choose = Choose()
@@ -395,6 +403,10 @@ def build(raw: dict[str, Any], folder: Path) -> Spec:
         elif isinstance(raw.get(section), dict) and "options" not in raw[section]:
             options = {name: value for name, value in raw[section].items() if name != "name"}
             raw[section] = {"name": raw[section].get("name", model().name), "options": options}
+    if isinstance(raw.get("prior"), (str, list)):
+        raw["prior"] = {"sources": [raw["prior"]] if isinstance(raw["prior"], str) else raw["prior"]}
+    if raw.get("prior", {}) in (None, {"sources": ["none"]}):
+        del raw["prior"]
     if isinstance(raw.get("space"), str):
         try:
             raw["space"] = _space_named(raw["space"])
@@ -499,7 +511,7 @@ def _model_at(path: Sequence[str | int]) -> type[BaseModel]:
 
 
 # The members of the unions that a study file has, as pydantic names them in the place of an error.
-_MEMBERS = {"bool", "int", "float", "str", "choice", "tuple[str, ...]"}
+_MEMBERS = {"bool", "int", "float", "str", "choice", "tuple[str, ...]", "tuple[union[bool,int,float,str], ...]"}
 _DIMENSION = ["type", "low", "high", "log", "step", "values", "times", "when"]
 
 
@@ -554,6 +566,7 @@ _EXAMPLES = {
     "start": "For example start: [{rank: 8}], with every dimension of the space.",
     "objectives": "For example objectives: [accuracy, seconds].",
     "algorithm": "For example algorithm: bayes.",
+    "prior": "For example prior: [an-earlier-study, lora].",
     "stopping": "For example stopping: front.",
     "budget": "For example budget: {trials: 30}.",
     "resources": "For example resources: {workers: 1}.",

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo import certify, check, choosing, endpoint, extensions, growth, local
+from hpo import certify, check, choosing, endpoint, extensions, growth, local, prior
 from hpo import promote as promotion
 from hpo import spec as specs
 from hpo.certificate import Certificate
@@ -83,6 +83,11 @@ class Study:
     def certificate(self) -> Certificate | None:
         """What may be claimed about the winner; None until a run has ended."""
         return self.record.certificate
+
+    @property
+    def advice(self) -> list[str]:
+        """What was said of the search algorithm when the study began: why it was chosen, or why another would do better."""
+        return [event["said"] for event in self.store.events(self.record.id, kinds=("advice",))]
 
     @property
     def steer(self) -> Steer:
@@ -466,12 +471,13 @@ def _run(
         return study
     with _backend(loaded.spec, train, tell) as backend:
         store = open_store(loaded.spec.storage, loaded.spec.database)
-        record, data = _enter(store, loaded, digest)
+        record, data = _enter(store, loaded, digest, findings.shape.hidden if findings.shape else None)
         study = Study(store, record.name)
         _keep_quality(record.spec.model_copy(update={"data": loaded.spec.data}), digest)
         with store.hold(record.id) as holder:
             search = Search(store, record, holder, shape=findings.shape, tokens_per_row=findings.tokens_per_row)
             study._search = search
+            _advise(store, record)
             began(study)
             tell(phase="training", trials=record.spec.budget.trials)
             with _signals_end(search):
@@ -487,7 +493,7 @@ def _run(
     return study
 
 
-def _enter(store: Store, loaded: Loaded, digest: str) -> tuple[Record, DataConfig]:
+def _enter(store: Store, loaded: Loaded, digest: str, hidden: int | None = None) -> tuple[Record, DataConfig]:
     """Adds the study to the record, or finds it there unchanged; returns it with its own copy of the rows."""
     spec = loaded.spec
     try:
@@ -498,9 +504,29 @@ def _enter(store: Store, loaded: Loaded, digest: str) -> tuple[Record, DataConfi
         with store.hold(old.id):
             pass  # whoever is refused because the study is being run must not have changed its record
         spec = _continued(old, loaded, digest)
+    elif spec.prior.sources:
+        spec = spec.model_copy(update={"prior": _known_before(store, spec, hidden)})
     data = _snapshot(spec, digest) if digest else spec.data
     spec = _with_general_text(spec) if digest else spec
     return store.add_study(spec, loaded.written, digest), data
+
+
+def _advise(store: Store, record: Record) -> None:
+    """Keeps with the study why its algorithm was chosen, or why another would do better, once."""
+    said = {event["said"] for event in store.events(record.id, kinds=("advice",))}
+    for advice in check.advice(record.spec):
+        if advice not in said:
+            store.add_event(record.id, "advice", said=advice)
+
+
+def _known_before(store: Store, spec: Spec, hidden: int | None) -> specs.Prior:
+    """Returns the prior with its points, which stay what they are whatever becomes of the studies they are from."""
+    earlier = [store.trials(store.study(name).id) for name in spec.prior.sources if name != prior.LORA]
+    found = prior.points(
+        spec.space, spec.targets, spec.recipe, earlier,
+        limit=prior.count(spec.budget.trials), lora=prior.LORA in spec.prior.sources, hidden=hidden,
+    )  # fmt: skip
+    return spec.prior.model_copy(update={"points": tuple(found)})
 
 
 def _continued(old: Record, loaded: Loaded, digest: str) -> Spec:
@@ -519,6 +545,7 @@ def _continued(old: Record, loaded: Loaded, digest: str) -> Spec:
         raise StudyChanged(*found, Problem(loaded.spec.name, rule, "Give it another name, or undo the change."))
     fixed = {name: getattr(old.spec, name) for name in specs.FIXED if name != "data"}
     fixed["recipe"] = old.spec.recipe.model_copy(update={"model": loaded.spec.recipe.model})
+    fixed["prior"] = old.spec.prior  # it was what was known before the first trial
     fixed["evaluation"] = old.spec.evaluation.model_copy(
         update={name: getattr(loaded.spec.evaluation, name) for name in FREE["evaluation"]}
     )

@@ -16,7 +16,7 @@ PACKAGES = ("hpo", "training", "serving", "search_spaces")
 LAYERS = (
     ("errors", "space", "trial", "objectives", "pareto", "certificate", "model"),  # words: what is searched, wanted, claimed
     # Pure functions of them.
-    ("algorithms", "gate", "growth", "stopping", "importance", "insight", "extensions", "choosing", "verdict"),
+    ("algorithms", "gate", "prior", "growth", "stopping", "importance", "insight", "extensions", "choosing", "verdict"),
     ("spec",),  # a study as a user writes it
     ("store", "steer"),  # the record, and orders to who runs a study
     ("search",),  # the heart: ask, report, tell
@@ -30,7 +30,7 @@ LAYERS = (
 # Nothing but these files may name these libraries.
 ONLY = {
     "ray": {"hpo/tune.py", "training/workers.py", "serving/targets/ray_serve.py"},
-    "optuna": {"hpo/algorithms/bayes.py", "hpo/exports.py"},
+    "optuna": {"hpo/algorithms/_optuna.py", "hpo/algorithms/_gp.py", "hpo/algorithms/_tpe.py", "hpo/exports.py"},
     "pymoo": {"hpo/algorithms/nsga2.py"},
     "moocore": {"hpo/pareto.py"},
     "sqlalchemy": {"hpo/store.py"},

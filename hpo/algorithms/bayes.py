@@ -1,35 +1,34 @@
-"""Bayesian search: the tree-structured Parzen estimator of Optuna, rebuilt from the history at each call.
+"""Bayesian search: a model of what was learned names the next point; a Gaussian process or the Parzen estimator of Optuna.
 
-Owns: how trials are told to Optuna. Must not know: other algorithms; nothing of Optuna leaves this file.
-
-Complete trials become complete ones; infeasible, diverged and stopped ones complete ones with a violated constraint,
-which puts them among the points that a good one should not look like; running ones stay running and count as bad ones
-until they end (constant liar). Never FAIL, which Optuna ignores.
+Owns: which of the two is asked, and what happens when it names a known point. Must not know: other algorithms.
 """
 
 from __future__ import annotations
 
-import logging
-import math
-import warnings
 from collections.abc import Sequence
 from random import Random
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hpo.algorithms import require
-from hpo.algorithms._lesson import Lesson, lessons
-from hpo.algorithms.random import suggest as draw
+from hpo.algorithms import _gp, _tpe, require
+from hpo.algorithms._lesson import Lesson, fewer, lessons
+from hpo.algorithms.random import draw
 from hpo.objectives import Objective
 from hpo.space import Choice, Float, Int, Params, Space, Value, key
 from hpo.trial import Trial
 
-if TYPE_CHECKING:
-    import optuna
-
 ASKS = 5
-"""Known points that TPE may name before one is drawn; each is kept as a running one, so the next lies elsewhere."""
+"""Known points that TPE may name before one is drawn."""
+STEPS = 50
+"""Neighbours of a known point that the process named which are looked at for a new one."""
+GP_LESSONS = 150
+"""A process costs the third power of its lessons; beyond, the estimator is asked, which has learned what it can by then."""
+GP_DIMENSIONS = 20
+TPE_LESSONS = 200
+"""The estimator costs in proportion; 200 of them keep a suggestion under 100 ms however long the study is."""
+
+Model = Literal["auto", "gp", "tpe"]
 
 
 def suggest(
@@ -39,121 +38,71 @@ def suggest(
     rng: Random,
     *,
     startup: Annotated[int, Field(ge=1, le=10_000)] = 10,
+    model: Model = "auto",
 ) -> Params | None:
-    """Returns the point that TPE names, or None if none is left.
+    """Returns the point that the model names, or None if none is left.
 
-    With several objectives it is MOTPE (Ozaki et al. 2022), which models each dimension alone; with one it is the
-    multivariate TPE (Falkner et al. 2018), where conditional dimensions are modelled in groups that occur together. In
-    a finite space TPE may name known points only; then a new one is drawn.
+    In a finite space the model may name known points only; then a new one beside them is taken, or drawn.
 
     Args:
         startup: results to have before the model is asked; up to then points are drawn at random. Default 10: Optuna's
             `n_startup_trials`.
+        model: gp, a Gaussian process for each objective; tpe, Parzen estimators; auto, see `choose`.
 
     Raises:
-        ValueError: `startup` is out of range, or there is no objective.
+        ValueError: an option is out of range, or there is no objective.
     """
-    require("bayes", startup=startup)
+    require("bayes", startup=startup, model=model)
     if not objectives:
         raise ValueError("bayes needs at least 1 objective, got 0")
     learned = lessons(space, objectives, history)
     if not space or len(learned) < startup:
-        return draw(space, objectives, history, rng)
+        return draw(space, history, rng)
     pending = [trial.params for trial in history if trial.state == "running" and space.contains(trial.params)]
-    study = _study(space, len(objectives), learned, pending, seed=rng.getrandbits(32))
     tried = {key(trial.params) for trial in history}
-    for _ in range(ASKS):
-        point = _ask(study, space)
-        if key(point) not in tried:
+    seed = rng.getrandbits(32)
+    if choose(space, learned, model) == "gp":
+        named = _gp.point(space, len(objectives), fewer(learned, GP_LESSONS, rng), pending, seed=seed)
+        found = named if key(named) not in tried else _beside(space, named, tried, rng)
+    else:
+        told = fewer(learned, TPE_LESSONS, rng)
+        asked = _tpe.points(space, len(objectives), told, pending, seed=seed, count=ASKS)
+        found = next((named for named in asked if key(named) not in tried), None)
+    return found or draw(space, history, rng)
+
+
+def choose(space: Space, learned: Sequence[Lesson], model: Model) -> Literal["gp", "tpe"]:
+    """Returns the model for what was learned so far.
+
+    The process, as long as it is affordable (at most GP_LESSONS results and GP_DIMENSIONS dimensions), where the space is flat:
+    where dimensions exist at some points only it wastes its evidence, and the estimator is ahead (benchmarks/search, xgboost).
+    Without two results to interpolate between there is nothing to fit.
+    """
+    if sum(lesson.violation == 0 for lesson in learned) < 2:
+        return "tpe"
+    if model != "auto":
+        return model
+    flat = not any(dimension.when for _, dimension in space.items())
+    return "gp" if flat and len(space) <= GP_DIMENSIONS and len(learned) <= GP_LESSONS else "tpe"
+
+
+def _beside(space: Space, named: Params, tried: set, rng: Random) -> Params | None:
+    """Returns an untried neighbour of a known point: one or two dimensions moved by the least step, or further each time."""
+    for step in range(STEPS):
+        point = dict(named)
+        for name in rng.sample(list(named), min(len(named), 1 + step % 2)):
+            point[name] = _moved(space[name], point[name], rng, 1 + step // 10)
+        if space.contains(point) and key(point) not in tried:
             return point
-    return draw(space, objectives, history, rng)
+    return None
 
 
-def _study(space: Space, objectives: int, learned: Sequence[Lesson], pending: Sequence[Params], *, seed: int) -> optuna.Study:
-    import optuna
-    from optuna.trial import TrialState, create_trial
-
-    storage = optuna.storages.InMemoryStorage()
-    with _Quiet(logging.getLogger("optuna.storages._in_memory")), warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        # Several objectives: each dimension is modelled alone, which is Optuna's default. Jointly the search narrows
-        # too early (12 seeds, 3 objectives, 100 trials: median hypervolume 0.238 alone, 0.230 jointly, 0.223 random).
-        alone = objectives > 1
-        conditional = any(dimension.when for _, dimension in space.items())
-        sampler = optuna.samplers.TPESampler(
-            multivariate=not alone,
-            group=conditional and not alone,
-            constant_liar=True,
-            n_startup_trials=0,  # counted in `suggest`, over all results; here it would be complete ones alone
-            seed=seed,
-        )
-        study = optuna.create_study(storage=storage, sampler=sampler, directions=["minimize"] * objectives)
-    distributions = {name: _distribution(dimension) for name, dimension in space.items()}
-
-    def add(params: Params, state: TrialState, **known: Any) -> None:
-        coded = {name: _code(space[name], value) for name, value in params.items()}
-        study.add_trial(create_trial(state=state, params=coded, distributions={n: distributions[n] for n in coded}, **known))
-
-    # TPE calls the best tenth good, and fills it up with violated ones when too few are not: the bad would be its
-    # example. Then they are told as pending ones, which are never good.
-    feasible = sum(lesson.violation == 0 for lesson in learned)
-    enough = math.ceil(0.1 * len(learned)) <= feasible
-    for lesson in learned:
-        if lesson.violation > 0 and not enough:
-            add(lesson.params, TrialState.RUNNING)
-        else:
-            violated = {"violation": lesson.violation}
-            add(lesson.params, TrialState.COMPLETE, values=lesson.vector, constraints=violated)
-    for params in pending:
-        add(params, TrialState.RUNNING)
-    return study
-
-
-def _ask(study: optuna.Study, space: Space) -> Params:
-    trial = study.ask()
-    point: Params = {}
-    # What others depend on comes first: whether a dimension exists is known only then.
-    for name, dimension in sorted(space.items(), key=lambda item: bool(item[1].when)):
-        if name not in space.active(point):
-            continue
-        if isinstance(dimension, Choice):
-            point[name] = dimension.values[trial.suggest_categorical(name, range(len(dimension.values)))]
-        elif isinstance(dimension, Int):
-            point[name] = trial.suggest_int(name, dimension.low, dimension.high, step=dimension.step, log=dimension.log)
-        else:
-            value = trial.suggest_float(name, dimension.low, dimension.high, log=dimension.log)
-            point[name] = min(max(float(value), dimension.low), dimension.high)
-    return space.trim(point)
-
-
-def _distribution(dimension: Float | Int | Choice) -> optuna.distributions.BaseDistribution:
-    import optuna
-
+def _moved(dimension: Float | Int | Choice, value: Value, rng: Random, steps: int) -> Value:
     if isinstance(dimension, Choice):
-        # Places instead of values: Optuna would take True for 1.
-        return optuna.distributions.CategoricalDistribution(range(len(dimension.values)))
+        return dimension.sample(rng)
+    way = rng.choice((-1, 1)) * steps
     if isinstance(dimension, Int):
-        return optuna.distributions.IntDistribution(dimension.low, dimension.high, step=dimension.step, log=dimension.log)
-    return optuna.distributions.FloatDistribution(dimension.low, dimension.high, log=dimension.log)
-
-
-def _code(dimension: Float | Int | Choice, value: Value) -> Value:
-    if not isinstance(dimension, Choice):
-        return value
-    return next(i for i, v in enumerate(dimension.values) if v == value and isinstance(v, bool) == isinstance(value, bool))
-
-
-class _Quiet:
-    # Optuna announces each study in its log; ours lives for one call. Its own switch is for the whole process.
-    def __init__(self, logger: logging.Logger):
-        self.logger = logger
-
-    def __enter__(self):
-        self.logger.addFilter(self._refuse)
-
-    def __exit__(self, *_):
-        self.logger.removeFilter(self._refuse)
-
-    @staticmethod
-    def _refuse(record: logging.LogRecord) -> bool:
-        return False
+        return value + way * dimension.step
+    return value * (dimension.high / dimension.low) ** (way / _gp.GRAIN) if dimension.log else (
+        value + way * (dimension.high - dimension.low) / _gp.GRAIN
+    )  # fmt: skip

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from hpo.algorithms import require
 from hpo.algorithms._lesson import Lesson, lessons
-from hpo.algorithms.random import suggest as draw
+from hpo.algorithms.random import draw
 from hpo.objectives import Objective
 from hpo.space import Choice, Float, Int, Params, Space, Value, key
 from hpo.trial import Trial
@@ -65,10 +65,10 @@ def suggest(
     # Without one point that can be trained, all parents are bad examples.
     fertile = len(learned) > 1 and any(lesson.violation == 0 for lesson in learned)
     if not space or not fertile or len(learned) + running < population:
-        return draw(space, objectives, history, rng)
+        return draw(space, history, rng)
     tried = {key(trial.params) for trial in history}
     child = _breed(space, _fittest(learned, population), tried, population, rng)
-    return child if child is not None else draw(space, objectives, history, rng)
+    return child if child is not None else draw(space, history, rng)
 
 
 def _fittest(learned: Sequence[Lesson], population: int) -> list[Lesson]:

@@ -458,3 +458,16 @@ def test_all_problems_are_said_at_once():
 def test_a_space_without_problems_has_only_points_that_are_recipes(space, seed):
     assume(not problems(space, DEFAULTS))
     space.resolve(space.sample(Random(seed)), DEFAULTS)
+
+
+def test_a_dimension_may_exist_for_several_values_of_another():
+    several = space(
+        adapter=choice("lora", "dora", "full"), rank=ints(1, 3, when={"adapter": ["lora", "dora"]}), warmup=choice(0.0, 0.1)
+    )
+    assert several.size == 2 * 3 * 2 + 2
+    assert several.active({"adapter": "dora"}) == ["adapter", "rank", "warmup"]
+    assert several.active({"adapter": "full"}) == ["adapter", "warmup"]
+    assert Space.model_validate_json(several.model_dump_json()) == several
+    assert problems(several, DEFAULTS) == []
+    unknown = space(adapter=choice("lora", "full"), rank=ints(1, 3, when={"adapter": ["lora", "dora"]}))
+    assert problems(unknown, DEFAULTS) == [("rank.when.adapter", "must be one of ['lora', 'full'], got 'dora'")]
