@@ -9,7 +9,7 @@ import importlib.util
 import itertools
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from hpo import gate
 from hpo import spec as specs
 from hpo.algorithms.auto import choose
 from hpo.errors import InputError, Problem, SpecError
-from hpo.space import Params
+from hpo.space import Params, value_of
 from hpo.spec import Loaded, Spec
 from training import data as training_data
 from training import memory, retention
@@ -37,6 +37,8 @@ class Findings:
 
     spec: Spec
     shape: Shape | None = None
+    shapes: dict[str, Shape] = field(default_factory=dict)  # of all models that the space holds, the defaults' included
+    longest: dict[str, int] = field(default_factory=dict)  # tokens of the longest training row, by model
     rows: Rows | None = None
     tokens_per_row: int = 0
     cut: int = 0
@@ -83,10 +85,10 @@ def inspect(spec: Spec, *, trained_elsewhere: bool = False) -> Findings:
     Raises:
         SpecError: with every problem found.
     """
-    found, shape, rows, tokenized = _look(spec, frozenset(), trained_elsewhere)
+    found, shapes, rows, tokenized = _look(spec, frozenset(), trained_elsewhere)
     if found:
         raise SpecError(*found)
-    return _predict(spec, shape, rows, tokenized) if rows else Findings(spec, notes=advice(spec))
+    return _predict(spec, shapes, rows, tokenized) if rows else Findings(spec, notes=advice(spec))
 
 
 def advice(spec: Spec) -> tuple[str, ...]:
@@ -102,7 +104,7 @@ def advice(spec: Spec) -> tuple[str, ...]:
 
 def _look(
     spec: Spec, broken: frozenset[str], trained_elsewhere: bool
-) -> tuple[list[Problem], Shape | None, Rows | None, Tokenized | None]:
+) -> tuple[list[Problem], dict[str, Shape], Rows | None, Tokenized | None]:
     """Returns what is wrong between a study and the model, the rows and the machine, and what was read on the way.
 
     What is `broken` in the file was left out of `spec`, so nothing that would follow from it is looked at.
@@ -113,7 +115,7 @@ def _look(
 
     found = [*(_machine(spec) if sound("resources") else ()), *(_storage(spec) if sound("storage") else ())]
     if spec.train != "loop" or trained_elsewhere or not sound("train"):
-        return found, None, None, None
+        return found, {}, None, None
     found += _clashes(spec) if sound("recipe", "space", "start", "resources") else []
     shapes: dict[str, Shape] = {}
     for model in _values(spec, "model") if sound("recipe.model", "recipe.revision", "space.model") else ():
@@ -144,7 +146,7 @@ def _look(
             found += _beyond_context(shape, tokenized)
         except InputError as error:
             found += error.problems
-    return found, shape, rows, tokenized
+    return found, shapes, rows, tokenized
 
 
 def _clashes(spec: Spec) -> list[Problem]:
@@ -265,13 +267,28 @@ def _beyond_context(shape: Shape, tokenized: Tokenized) -> list[Problem]:
     return [Problem("recipe.max_length", rule, f"Set recipe.max_length: {context}, which cuts the beginning of long prompts.")]
 
 
-def _predict(spec: Spec, shape: Shape, rows: Rows, tokenized: Tokenized) -> Findings:
-    longest = int(tokenized.lengths().max())
+def _longest(spec: Spec, rows: Rows, models: Iterable[str], tokenized: Tokenized) -> dict[str, int]:
+    """Returns the tokens of the longest training row by model: each has a tokenizer of its own."""
+    found = {spec.recipe.model: _most(tokenized)}
+    for model in models:
+        if model not in found:
+            other = spec.model_copy(update={"recipe": spec.recipe.model_copy(update={"model": model})})
+            found[model] = _most(_tokenized(other, rows))
+    return found
+
+
+def _most(tokenized: Tokenized) -> int:
+    return int(tokenized.lengths().max())
+
+
+def _predict(spec: Spec, shapes: dict[str, Shape], rows: Rows, tokenized: Tokenized) -> Findings:
+    lengths = _longest(spec, rows, shapes, tokenized)
+    shape, longest = shapes[spec.recipe.model], lengths[spec.recipe.model]
     rng = random.Random(spec.seed)
     totals, refusals, example = [], 0, ""
     for _ in range(SAMPLED):
         recipe = spec.space.resolve(spec.space.sample(rng), spec.recipe)
-        verdict = gate.judge(recipe, shape, spec.limits, spec.resources, longest)
+        verdict = gate.judge(recipe, shapes[recipe.model], spec.limits, spec.resources, lengths[recipe.model])
         refusals += verdict.refusal is not None
         example = example or (f"{_brief(recipe, spec)}: {verdict.refusal}" if verdict.refusal else "")
         totals += [verdict.predicted] if verdict.predicted else []
@@ -284,7 +301,7 @@ def _predict(spec: Spec, shape: Shape, rows: Rows, tokenized: Tokenized) -> Find
     if tokenized.dropped:
         notes.append(f"{tokenized.dropped} training rows are longer than recipe.max_length and left out")
     return Findings(
-        spec=spec, shape=shape, rows=rows, tokens_per_row=longest, cut=tokenized.cut,
+        spec=spec, shape=shape, shapes=shapes, longest=lengths, rows=rows, tokens_per_row=longest, cut=tokenized.cut,
         memory=memory.predict(
             spec.recipe,
             shape,
@@ -298,7 +315,7 @@ def _predict(spec: Spec, shape: Shape, rows: Rows, tokenized: Tokenized) -> Find
 
 
 def _brief(recipe: Recipe, spec: Spec) -> str:
-    return ", ".join(f"{name} {getattr(recipe, name)}" for name in spec.space)
+    return ", ".join(f"{name} {value_of(recipe, name)}" for name in spec.space)
 
 
 def _tokenized(spec: Spec, rows: Rows) -> Tokenized:

@@ -14,7 +14,8 @@ import importlib.metadata
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -36,7 +37,7 @@ STATE_OF: dict[str, State] = {"complete": "complete", "stopped": "stopped", "inf
 class Search:
     """One study being searched. Used by one thread; runners call it in the process that holds the study."""
 
-    def __init__(self, store: Store, record: Record, holder: Holder, *, shape=None, tokens_per_row: int = 0,
+    def __init__(self, store: Store, record: Record, holder: Holder, *, shape=None, tokens_per_row: int | Mapping[str, int] = 0,
                  judge: Judge | None = None, resolve: Callable[[Params], Recipe] | None = None,
                  clock: Callable[[], float] = time.time):  # fmt: skip
         """Takes up a study where the record leaves it.
@@ -45,8 +46,8 @@ class Search:
             store: keeps everything.
             record: the study.
             holder: this process's hold on it.
-            shape: of the base model, for the memory gate; None lets everything pass.
-            tokens_per_row: of the longest training row, for the memory gate.
+            shape: of the base model, or by model where the space holds several, for the memory gate; None lets everything pass.
+            tokens_per_row: of the longest training row, for the memory gate; or by model.
             judge: says what is launched, in place of the gate: for trials that are not real.
             resolve: the recipe of a point, where the space's dimensions are no fields of a recipe.
             clock: seconds since the epoch.
@@ -60,7 +61,7 @@ class Search:
         self.closed = False
         self._seconds: dict[int, float] = {}  # of the running trials, as they reported them
         self.shares: dict[int, float] = {}  # of the running trials: how much of its own length each has done
-        self._shape, self._tokens_per_row, self._clock = shape, tokens_per_row, clock
+        self._shape, self._tokens_per_row, self._clock = shape or None, tokens_per_row, clock
         self._began = self._counted = clock()
         self._judge, self._resolve = judge or self._gate, resolve
         self._trials = {trial.number: trial for trial in store.trials(record.id)}
@@ -256,11 +257,18 @@ class Search:
         seen, limits = self._visible(), self.spec.limits
         if self._shape is not None:
             ran_out = [t.recipe for t in seen if t.attempts and t.state == "infeasible" and _out_of_memory(t, limits)]
-            sizes = [gate.predict(r, self._shape, self.spec.resources, self._tokens_per_row) for r in ran_out]
+            sizes = [gate.predict(r, shape, self.spec.resources, longest) for r in ran_out for shape, longest in [self._known(r)]]
             limits = limits.model_copy(update={"peak_bytes": gate.wall(limits.peak_bytes, [s for s in sizes if s is not None])})
-        verdict = gate.judge(recipe, self._shape, limits, self.spec.resources, self._tokens_per_row)
+        shape, longest = self._known(recipe)
+        verdict = gate.judge(recipe, shape, limits, self.spec.resources, longest)
         seconds, refusal = gate.too_long(verdict.recipe, self.spec.seconds_limit, seen)
         return dataclasses.replace(verdict, seconds=seconds, refusal=verdict.refusal or refusal)
+
+    def _known(self, recipe: Recipe) -> tuple[Any, int]:
+        """Returns the shape of a recipe's model and the tokens of the longest row under its tokenizer."""
+        known = (self._shape, self._tokens_per_row)
+        shape, longest = (value.get(recipe.model) if isinstance(value, Mapping) else value for value in known)
+        return shape, longest or 0
 
     def _stalled(self) -> bool:
         """Says whether the search finds nothing more by `budget.stall`; it is worked out once for each trial that ends."""

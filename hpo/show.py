@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from hpo.space import value_of
+
 if TYPE_CHECKING:
     from hpo.check import Findings
     from hpo.growth import Forecast
@@ -166,7 +168,7 @@ def front_table(study: Study, members: list[Trial]):
         table.add_column(name, justify="right", no_wrap=True)
     for trial in members:
         mark = "*" if certificate and certificate.winner == trial.number else ""
-        values = [number(getattr(trial.recipe, name)) for name in spec.space]
+        values = [number(value_of(trial.recipe, name)) for name in spec.space]
         table.add_row(f"{mark}{trial.number}", *values, *(number(o.of(trial.outcome), o.unit) for o in spec.targets))
     return table
 
@@ -224,7 +226,7 @@ def study_record(study: Study) -> dict[str, Any]:
     def row(trial: Trial) -> dict[str, Any]:
         return {
             "number": trial.number, "state": trial.state, "params": trial.params,
-            "recipe": {n: getattr(trial.recipe, n) for n in spec.space},
+            "recipe": {n: value_of(trial.recipe, n) for n in spec.space},
             "objectives": {o.name: o.of(trial.outcome) if trial.outcome else None for o in spec.targets}, "error": trial.error,
         }  # fmt: skip
 

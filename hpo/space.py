@@ -24,6 +24,18 @@ Value = bool | int | float | str
 Params = dict[str, Value]
 LENGTHS = ("epochs", "steps", "tokens")
 """A recipe has at most one of these."""
+MIX = "mix."
+"""Begins the name of a dimension that is the weight of one source: `mix.chat` is `mix: {chat: ...}` of the recipe."""
+
+
+def in_recipe(name: str) -> bool:
+    """Says whether a dimension of this name means something: a field of a recipe, or the weight of a source."""
+    return name in Recipe.model_fields or (name.startswith(MIX) and name != MIX)
+
+
+def value_of(recipe: Recipe, name: str) -> Any:
+    """Returns what a recipe has for a dimension; None for a source's weight that it leaves to the data."""
+    return (recipe.mix or {}).get(name.removeprefix(MIX)) if name.startswith(MIX) else getattr(recipe, name)
 
 
 class _Dimension(Frozen):
@@ -142,7 +154,7 @@ class Choice(_Dimension):
         return list(self.values)
 
     def contains(self, value: Any) -> bool:
-        return any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in self.values)
+        return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in self.values)
 
     @property
     def size(self) -> float:
@@ -233,9 +245,12 @@ class Space(RootModel[dict[str, Dimension]]):
         Raises:
             pydantic.ValidationError: a value is outside what Recipe allows.
         """
-        values = defaults.model_dump() | dict(params)
+        mix = {name.removeprefix(MIX): value for name, value in params.items() if name.startswith(MIX)}
+        values = defaults.model_dump() | {name: value for name, value in params.items() if not name.startswith(MIX)}
+        if mix:
+            values["mix"] = (defaults.mix or {}) | mix
         for name in params:
-            if factor := self[name].times:
+            if (factor := self[name].times) and not name.startswith(MIX):
                 product = params[name] * values[factor]
                 values[name] = int(product) if isinstance(product, float) and product.is_integer() else product
         if any(name in params for name in LENGTHS):
@@ -249,14 +264,14 @@ class Space(RootModel[dict[str, Dimension]]):
             raw["epochs"] = 1
         params: Params = {}
         for name, dimension in self.items():
-            value = raw[name]
+            value = (raw["mix"] or {}).get(name.removeprefix(MIX)) if name.startswith(MIX) else raw[name]
             if dimension.times and value is not None:
                 if not raw[dimension.times]:
                     return None
                 # 0.1 x 3 / 3 is not 0.1; to 12 digits it is, as in `key`.
                 value = float(f"{value / raw[dimension.times]:.12g}")
             if isinstance(dimension, Choice):
-                value = next((known for known in dimension.values if known == value), value)
+                value = next((one for one in dimension.values if one == value), value)
             elif isinstance(dimension, Int) and isinstance(value, float) and value.is_integer():
                 value = int(value)
             params[name] = value
@@ -283,10 +298,10 @@ def problems(space: Space, defaults: Recipe) -> list[tuple[str, str]]:
     """Returns (dimension, what is wrong) for dimensions that do not fit Recipe or each other."""
     found = []
     for name, dimension in space.items():
-        if name not in Recipe.model_fields:
+        if not in_recipe(name):
             continue  # said by the caller, who knows the nearest name
         if dimension.times is not None:
-            if dimension.times not in Recipe.model_fields or dimension.times == name:
+            if dimension.times not in Recipe.model_fields or dimension.times == name or name.startswith(MIX):
                 found.append((f"{name}.times", f"must be another field of the recipe, got {dimension.times}"))
                 continue
             if space.root.get(dimension.times) is not None and space[dimension.times].times:
@@ -335,11 +350,12 @@ def _outside_recipe(space: Space, name: str, dimension, defaults: Recipe) -> lis
             break  # said of an end already
         for factor in _factors(space, dimension, defaults):
             trial = value * factor if dimension.times else value
+            field, _, source = name.partition(".")
             try:
-                Recipe(**{name: trial})
+                Recipe(**{field: {source: trial} if source else trial})
             except ValidationError as error:
                 # What Recipe says of several fields at once depends on the others, see _refused_together.
-                said = [problem for problem in error.errors() if problem["loc"][:1] == (name,)]
+                said = [problem for problem in error.errors() if problem["loc"][:1] == (field,)]
                 if not said:
                     continue
                 found.append((where, f"{_rule(said[0])}, got {trial!r}"))
@@ -352,7 +368,7 @@ def _refused_together(space: Space, defaults: Recipe) -> list[tuple[str, str]]:
     # the cap keeps a space of many choices from delaying the start.
     for point in itertools.islice(space.walk(1), 4096):
         try:
-            space.resolve({name: value for name, value in point.items() if name in Recipe.model_fields}, defaults)
+            space.resolve({name: value for name, value in point.items() if in_recipe(name)}, defaults)
         except ValidationError as error:
             rule = _rule(error.errors()[0])
             where = next((name for name in point if name in rule), next(iter(point)))

@@ -21,7 +21,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from hpo import algorithms, choosing, extensions, objectives, stopping
 from hpo.choosing import Choose
 from hpo.errors import NotFound, Problem, SpecError, nearest, rule_of
-from hpo.space import Params, Space, problems
+from hpo.space import Params, Space, in_recipe, problems
 from hpo.verdict import Certify
 from serving.endpoint import EngineSettings
 from serving.endpoint import Limits as ServingLimits
@@ -414,7 +414,7 @@ def build(raw: dict[str, Any], folder: Path) -> Spec:
             found += error.problems
             raw["space"] = {"rank": {"type": "int", "low": 1, "high": 2}}
     for name, dimension in list(raw["space"].items()) if isinstance(raw.get("space"), dict) else []:
-        if name not in Recipe.model_fields:
+        if not in_recipe(name):
             found.append(
                 Problem(
                     f"space.{name}",

@@ -26,6 +26,7 @@ from hpo.growth import Forecast
 from hpo.model import Model
 from hpo.pareto import front
 from hpo.search import Search
+from hpo.space import value_of
 from hpo.spec import Loaded, Spec
 from hpo.steer import Steer, hull, orders, steered
 from hpo.store import Record, Store, open_store
@@ -162,7 +163,7 @@ class Study:
         rows = []
         for trial in self.history():
             row: dict[str, Any] = {"number": trial.number, "state": trial.state, "origin": trial.origin}
-            row |= {name: getattr(trial.recipe, name) for name in spec.space}
+            row |= {name: value_of(trial.recipe, name) for name in spec.space}
             row |= {o.name: o.of(trial.outcome) if trial.outcome else None for o in spec.targets}
             row |= {"share": trial.outcome.share if trial.outcome else None, "attempts": trial.attempts, "error": trial.error}
             rows.append(row)
@@ -475,7 +476,7 @@ def _run(
         study = Study(store, record.name)
         _keep_quality(record.spec.model_copy(update={"data": loaded.spec.data}), digest)
         with store.hold(record.id) as holder:
-            search = Search(store, record, holder, shape=findings.shape, tokens_per_row=findings.tokens_per_row)
+            search = Search(store, record, holder, shape=findings.shapes, tokens_per_row=findings.longest)
             study._search = search
             _advise(store, record)
             began(study)

@@ -59,7 +59,7 @@ def suggest(
     if not space or len(learned) < startup:
         return draw(space, history, rng)
     pending = [trial.params for trial in history if trial.state == "running" and space.contains(trial.params)]
-    tried = {key(trial.params) for trial in history}
+    tried = {trial.key for trial in history}
     seed = rng.getrandbits(32)
     if choose(space, learned, model) == "gp":
         named = _gp.point(space, len(objectives), fewer(learned, GP_LESSONS, rng), pending, seed=seed)

@@ -39,5 +39,5 @@ def suggest(
         ValueError: `levels` is out of range.
     """
     require("grid", levels=levels)
-    tried = {key(trial.params) for trial in history}
+    tried = {trial.key for trial in history}
     return next((point for point in space.walk(levels) if key(point) not in tried), None)

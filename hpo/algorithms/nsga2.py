@@ -66,7 +66,7 @@ def suggest(
     fertile = len(learned) > 1 and any(lesson.violation == 0 for lesson in learned)
     if not space or not fertile or len(learned) + running < population:
         return draw(space, history, rng)
-    tried = {key(trial.params) for trial in history}
+    tried = {trial.key for trial in history}
     child = _breed(space, _fittest(learned, population), tried, population, rng)
     return child if child is not None else draw(space, history, rng)
 

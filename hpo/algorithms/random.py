@@ -35,7 +35,7 @@ def suggest(space: Space, objectives: Sequence[Objective], history: Sequence[Tri
     drawn = next((trial.params for trial in history if trial.origin not in NOT_DRAWN and trial.params), None)
     if drawn is None or not space:
         return draw(space, history, rng)
-    tried = {key(trial.params) for trial in history}
+    tried = {trial.key for trial in history}
     found = (point for point in _sequence(space, drawn, len(history)) if key(point) not in tried)
     return next(found, None) or draw(space, history, rng)
 
