@@ -38,7 +38,7 @@ ONLY = {
     "typer": {"hpo/cli.py", "hpo/cli_models.py", "hpo/cli_data.py", "hpo/cli_steer.py", "hpo/terminal.py"},
     "bitsandbytes": {"hpo/doctor.py", "training/model.py", "training/optimizers.py", "training/merge.py"},
     "peft": {"training/adapters.py", "training/checkpoint.py", "training/merge.py"},
-    "deepspeed": {"training/run.py", "training/workers.py"},
+    "deepspeed": {"training/run.py", "training/shards.py", "training/workers.py"},
     "gguf": {"training/gguf.py"},
     "lm_eval": {"training/harness.py"},
     "rouge_score": {"training/metrics.py"},

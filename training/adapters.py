@@ -28,11 +28,14 @@ class Method:
     `attach`: (model, recipe, names of modules, optimizer steps of the run) -> model with what is to be trained.
     `penalty`: model -> a scalar that is added to the loss once per optimizer step.
     `stepped`: (model, number of the optimizer step from 1 on) is called after each, while the gradients are there.
+    `state`: model -> tensors by name and a JSON value, what a method remembers beside its parameters; `restore` takes both back.
     """
 
     attach: Callable
     penalty: Callable | None = None
     stepped: Callable | None = None
+    state: Callable | None = None
+    restore: Callable | None = None
 
 
 def attach(model, recipe: Recipe, shape, *, steps: int = 1):
@@ -133,6 +136,25 @@ def _allocate(model, step: int) -> None:
     model.base_model.update_and_allocate(step)
 
 
+IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of each weight, as PEFT's allocator calls them
+
+
+def _ranks(model) -> tuple[dict, dict | None]:
+    allocator = model.base_model.rankallocator
+    tensors = {f"{kind}/{name}": value for kind in IMPORTANCE for name, value in getattr(allocator, kind).items()}
+    return tensors, model.peft_config["default"].rank_pattern or None
+
+
+def _set_ranks(model, tensors: dict, pattern: dict | None) -> None:
+    allocator = model.base_model.rankallocator
+    allocator.reset_ipt()
+    for name, value in tensors.items():
+        kind, _, parameter = name.partition("/")
+        getattr(allocator, kind)[parameter] = value
+    if pattern is not None:
+        model.peft_config["default"].rank_pattern = pattern
+
+
 def _full(model, recipe: Recipe, modules: list[str], steps: int):
     return model.requires_grad_(True)
 
@@ -141,6 +163,6 @@ ADAPTERS = {
     "lora": Method(_lora),
     "rslora": Method(partial(_lora, use_rslora=True)),
     "dora": Method(partial(_lora, use_dora=True)),
-    "adalora": Method(_adalora, penalty=_orthogonal, stepped=_allocate),
+    "adalora": Method(_adalora, penalty=_orthogonal, stepped=_allocate, state=_ranks, restore=_set_ranks),
     "full": Method(_full),
 }

@@ -1,6 +1,7 @@
 """A folder that is whole or not there: written aside, synced, renamed; read only when its manifest proves every file.
 
-Owns: `Artifact`, `write`, `verify`. Must not know: what the files mean (this file imports neither torch nor transformers).
+Owns: `Artifact`, `write`, `verify`, `remove`. Must not know: what the files mean (this file imports neither
+torch nor transformers).
 """
 
 from __future__ import annotations
@@ -51,8 +52,7 @@ def write(folder: str | Path, fill: Callable[[Path], dict]) -> Artifact:
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     _tidy(folder.parent)
-    mark = f".{folder.name}.{platform.node()}~{os.getpid()}~{secrets.token_hex(4)}"
-    aside, old, gone = (folder.with_name(f"{mark}.{state}") for state in ("new", "old", "gone"))
+    aside, old, gone = _beside(folder)
     try:
         aside.mkdir()
         record = fill(aside)
@@ -73,6 +73,19 @@ def write(folder: str | Path, fill: Callable[[Path], dict]) -> Artifact:
         old.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
     return Artifact(folder, json.loads(content), hashlib.sha256(content).hexdigest())
+
+
+def remove(folder: str | Path) -> None:
+    """Removes a folder as a whole: whatever happens, it is there and whole, or not there. None that is there is no error."""
+    _, _, gone = _beside(Path(folder))
+    with suppress(FileNotFoundError):
+        Path(folder).rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)  # what is left of it is tidied by the next write
+
+
+def _beside(folder: Path) -> tuple[Path, Path, Path]:
+    mark = f".{folder.name}.{platform.node()}~{os.getpid()}~{secrets.token_hex(4)}"
+    return folder.with_name(f"{mark}.new"), folder.with_name(f"{mark}.old"), folder.with_name(f"{mark}.gone")
 
 
 def _seal(folder: Path, record: dict) -> bytes:

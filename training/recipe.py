@@ -318,6 +318,11 @@ class Job(Frozen):
     rows: Literal["train", "all"] = Field("train", description="all trains on the validation rows too: for the final model")
     output: str | None = Field(None, description="folder for the trained adapter; None keeps nothing")
     cache: str | None = Field(None, description="folder for tokenized rows, shared by trials; None tokenizes anew")
+    resume: str | None = Field(None, description="folder for this run's checkpoints, from the newest of which it goes on")
+    save: Number = Field(60, ge=0, description="seconds between two checkpoints; a shorter run writes none")
+    interventions: StrictBool = Field(
+        False, description="final model only: what goes wrong is skipped, slowed down or taken back, on the record"
+    )
 
 
 class Progress(Frozen):
@@ -332,7 +337,11 @@ class Progress(Frozen):
     metrics: dict[str, float] = Field(default_factory=dict)
 
 
-Ended = Literal["complete", "stopped", "infeasible", "diverged"]
+Ended = Literal["complete", "stopped", "infeasible", "diverged", "paused"]
+
+
+class Pause(str):
+    """A reason to end for now: the run leaves a checkpoint, ends as `paused`, and goes on from there when launched again."""
 
 
 class Outcome(Frozen):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,11 +39,16 @@ class Run:
     accumulation: int
     scaler: torch.amp.GradScaler
     done: int = 0
+    accept: Callable[[float, float], bool] | None = None  # (loss, norm) of a step -> whether it is done; not asked with an engine
 
     @cached_property
     def parameters(self) -> list[torch.nn.Parameter]:
         """The trainable ones; walking all modules at every step would cost a millisecond."""
         return [p for p in self.inner.parameters() if p.requires_grad]
+
+    def trained(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """Returns the trainable parameters with their names."""
+        return [(name, parameter) for name, parameter in self.inner.named_parameters() if parameter.requires_grad]
 
     def held(self) -> list[torch.Tensor]:
         """Returns every tensor that exists before the first step: weights, buffers, quantization states."""
@@ -88,21 +94,21 @@ class Run:
                 else:
                     self.scaler.scale(loss * self.world.size).backward()
             del logits, loss
-        norm = self._update()
+        norm = self._update(total)
         return self.world.total(total), norm
 
     @property
     def _distributed(self) -> bool:
         return isinstance(self.forward, torch.nn.parallel.DistributedDataParallel)
 
-    def _update(self) -> float:
+    def _update(self, loss: float) -> float:
         if self.engine is not None:
             self.engine.step()
             norm = self.engine.get_global_grad_norm()
             return float(norm) if norm is not None else 0.0
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip).item()
-        if math.isfinite(norm):
+        if math.isfinite(norm) and (self.accept is None or self.accept(self.world.total(float(loss)), norm)):
             self.optimizer.step()
             self.done += 1
             if (stepped := method_of(self.recipe.adapter).stepped) is not None:
