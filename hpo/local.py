@@ -11,6 +11,7 @@ from typing import Any
 
 from hpo.errors import HpoError, InputError
 from hpo.search import Search, job_of
+from training import preemption
 from training.recipe import DataConfig, Outcome, Resources, Train
 
 
@@ -45,6 +46,8 @@ def run_search(
         except Exception as error:
             search.fail(trial.number, f"{type(error).__name__}: {error}", retry=False)
         else:
+            if outcome.ended == "paused" and preemption.noticed():
+                search.stop("this process was told to end", resume=True)
             search.tell(trial.number, outcome)
         on_change(search)
 

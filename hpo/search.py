@@ -15,6 +15,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -27,7 +28,8 @@ from hpo.spec import Spec
 from hpo.steer import ORIGIN, Inbox
 from hpo.store import Holder, Record, Store, with_state
 from hpo.trial import CurvePoint, State, Trial
-from training.recipe import DataConfig, Job, Limits, Outcome, Progress, Recipe
+from training import artifact
+from training.recipe import DataConfig, Job, Limits, Outcome, Pause, Progress, Recipe
 
 REFUSALS = 200  # points in a row that the gate may refuse before the space counts as exhausted
 Judge = Callable[[Params, Recipe], gate.Verdict]
@@ -74,6 +76,7 @@ class Search:
         store.note(record.id, "begin", said=json.dumps(_session(self.spec)))
         # Trials that were in flight when an earlier process died; they are launched again with the same point and number.
         self._orphans = [trial for trial in self._trials.values() if not trial.final]
+        self._left: dict[int, str] = {}  # why a trial among them left its workers, where that is known
 
     # What runners call
 
@@ -85,7 +88,8 @@ class Search:
             return None
         self._orphans = [t for t in self._orphans if not self._ended_by_order(t)]
         if self._orphans:
-            return self._relaunch(self._orphans.pop(0), "its process died")
+            trial = self._orphans.pop(0)
+            return self._relaunch(trial, self._left.pop(trial.number, "its process died"))
         if self._stalled():
             return None
         for _ in range(REFUSALS):
@@ -111,7 +115,7 @@ class Search:
         trial = self._trials[number]
         point = CurvePoint(
             share=progress.share, step=progress.step, tokens=progress.tokens, seconds=progress.seconds,
-            peak_bytes=progress.peak_bytes, metrics=progress.metrics,
+            peak_bytes=progress.peak_bytes, since=progress.since, metrics=progress.metrics,
         )  # fmt: skip
         said = self._watch.report(trial, point)
         self.store.add_point(self.study.id, number, trial.attempts, point, said)
@@ -121,7 +125,9 @@ class Search:
         return self.stopping or self._inbox.stops.get(number) or self._watch.behind.get(number)
 
     def tell(self, number: int, outcome: Outcome) -> Trial:
-        """Keeps what came of a trial; returns it in its final state. The first result wins."""
+        """Keeps what came of a trial; returns it in its final state, or running where it goes on later. The first result wins."""
+        if outcome.ended == "paused":
+            return self._paused(number, outcome)
         state = STATE_OF[outcome.ended]
         error = outcome.reason or None
         if (
@@ -137,6 +143,18 @@ class Search:
                 return self.put_back(number)
             state = "cancelled"  # ended by us for a reason that says nothing about the point
         return self._finish(with_state(self._trials[number], state, outcome, error, at=self._clock()))
+
+    def _paused(self, number: int, outcome: Outcome) -> Trial:
+        """Keeps a trial that left a checkpoint because it was told to: it goes on with the study, or at once."""
+        self.heed()
+        if number in self._inbox.stops or (self.stopping and not self._resume):
+            why = self._inbox.stops.get(number) or self.stopping
+            return self._finish(with_state(self._trials[number], "cancelled", None, why, at=self._clock()))
+        trial = self.put_back(number)
+        if not self.stopping:  # its node or its worker is wanted for something else
+            self._left[number] = outcome.reason
+            self._orphans.append(trial)
+        return trial
 
     def fail(self, number: int, error: str, *, retry: bool) -> Trial | None:
         """Keeps a failure; returns the trial to launch again where `retry` and the budget allow it, else None.
@@ -163,7 +181,7 @@ class Search:
                 end as cancelled.
         """
         if not self.stopping:
-            self.stopping, self._resume = reason, resume
+            self.stopping, self._resume = Pause(reason) if resume else reason, resume
             self.store.add_event(self.study.id, "stopping", reason=reason)
 
     def put_back(self, number: int) -> Trial:
@@ -179,8 +197,7 @@ class Search:
 
     def beat(self) -> None:
         """Says that this process is alive, counts the time spent, and heeds an interruption."""
-        if self.interrupted:
-            self.stop("interrupted", resume=True)
+        self.heed()
         now = self._clock()
         if now - self._counted > 5:
             self.holder.beat()
@@ -192,6 +209,11 @@ class Search:
             self.stop(f"budget.hours ({self.spec.budget.hours}) is spent")
         if self.spec.budget.cost is not None and self.cost >= self.spec.budget.cost:
             self.stop(f"budget.cost ({self.spec.budget.cost:g}) is spent")
+
+    def heed(self) -> None:
+        """Stops the search where a signal asked for it."""
+        if self.interrupted:
+            self.stop("interrupted", resume=True)
 
     def close(self) -> None:
         """Counts the last seconds."""
@@ -324,6 +346,10 @@ class Search:
             self._trials[trial.number] = trial
             self._paid += trial.outcome.seconds or 0.0 if trial.outcome else 0.0
             self._watch.ended(trial)
+            artifact.remove(resume_folder(self.spec, trial.number))
+            if self._rule != "none":
+                ended = [*self._remembered, trial.model_copy(update={"curve": curve})]
+                self._remembered = stopping.remember(self._rule, ended, self.spec.targets)
         else:
             self.store.add_event(self.study.id, "late result refused", number=trial.number, state=trial.state)
         return self._trials[trial.number]
@@ -405,6 +431,11 @@ def _invalid(outcome: Outcome) -> str:
     return ""
 
 
+def resume_folder(spec: Spec, number: int) -> Path:
+    """Returns where a running trial keeps the checkpoints that it goes on from; they go when it has ended."""
+    return spec.folder / "running" / f"{number:05d}"
+
+
 def job_of(trial: Trial, spec: Spec, data: DataConfig) -> Job:
     """Returns what a worker needs to train a trial.
 
@@ -418,4 +449,5 @@ def job_of(trial: Trial, spec: Spec, data: DataConfig) -> Job:
     return Job(
         recipe=recipe, data=data, evaluation=spec.scoring, resources=spec.resources, limits=limits,
         output=str(spec.folder / "trials" / f"{trial.number:05d}"), cache=str(spec.folder / "cache"),
+        resume=str(resume_folder(spec, trial.number)),
     )  # fmt: skip

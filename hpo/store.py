@@ -268,7 +268,8 @@ class Store:
     # Trials
 
     def trials(self, study: int, *, curves: bool = False) -> list[Trial]:
-        """Returns the trials by number; with `curves`, each with the points of its last attempt."""
+        """Returns the trials by number; with `curves`, each with the points of its last attempt, and of earlier ones those up to
+        the step that it went on from."""
         with self._begin() as db:
             rows = db.scalars(sa.select(_trials.c.trial).where(_trials.c.study == study).order_by(_trials.c.number)).all()
             points = (
@@ -277,10 +278,10 @@ class Store:
         trials = [Trial.model_validate_json(row) for row in rows]
         if not curves:
             return trials
-        by_trial: dict[tuple[int, int], list[CurvePoint]] = {}
+        by_trial: dict[int, dict[int, list[CurvePoint]]] = {}
         for row in points:
-            by_trial.setdefault((row.number, row.attempt), []).append(CurvePoint.model_validate_json(row.point))
-        return [t.model_copy(update={"curve": tuple(by_trial.get((t.number, t.attempts), ()))}) for t in trials]
+            by_trial.setdefault(row.number, {}).setdefault(row.attempt, []).append(CurvePoint.model_validate_json(row.point))
+        return [t.model_copy(update={"curve": _joined(by_trial.get(t.number, {}), t.attempts)}) for t in trials]
 
     def points(self, study: int) -> dict[tuple[int, int, int], CurvePoint]:
         """Returns all reports by trial, attempt and step."""
@@ -501,6 +502,16 @@ class Holder:
             update = _studies.update().where(_studies.c.id == self.study, _studies.c.holder == self.key)
             if not db.execute(update.values(holder_seen=time.time())).rowcount:
                 raise StudyBusy("Another process has taken this study over; this one stops.")
+
+
+def _joined(attempts: dict[int, list[CurvePoint]], last: int) -> tuple[CurvePoint, ...]:
+    """Returns the curve of an attempt: what earlier ones reported up to the step that it went on from, and its own points."""
+    curve: list[CurvePoint] = []
+    for attempt in sorted(number for number in attempts if number <= last):
+        own = attempts[attempt]
+        begin, first = own[0].since, own[0].step
+        curve = [point for point in curve if point.step <= begin and point.step < first] + own
+    return tuple(curve) if last in attempts else ()
 
 
 def _note(db: sa.Connection, study: int, kind: str, **known: Any) -> None:

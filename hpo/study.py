@@ -31,7 +31,7 @@ from hpo.spec import Loaded, Spec
 from hpo.steer import Steer, hull, orders, steered
 from hpo.store import Record, Store, open_store
 from hpo.trial import Trial
-from training import own, retention, sources
+from training import own, preemption, retention, sources
 from training.recipe import DataConfig, Job, Outcome, Train
 
 if TYPE_CHECKING:
@@ -747,6 +747,7 @@ def _signals_end(search: Search) -> Iterator[None]:
         if search.interrupted or search.closed:
             raise KeyboardInterrupt
         search.interrupted = True
+        preemption.notice()  # a run in this process leaves a checkpoint at its next step
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -754,6 +755,7 @@ def _signals_end(search: Search) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        preemption.forget()
 
 
 __all__ = ["InputError", "SpecError", "Status", "StoreError", "Study", "open_study", "open_the_store", "run", "start"]

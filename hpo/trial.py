@@ -20,13 +20,17 @@ RESULTS: tuple[State, ...] = ("complete", "stopped", "infeasible", "diverged")
 
 
 class CurvePoint(Frozen):
-    """What a trial reported on its way: `share` of its own length, tokens, seconds, peak bytes so far, metrics."""
+    """What a trial reported on its way: `share` of its own length, tokens, seconds, peak bytes so far, metrics.
+
+    `since` is the step that its launch went on from.
+    """
 
     share: float
     step: int
     tokens: int
     seconds: float
     peak_bytes: int | None = None
+    since: int = 0
     metrics: dict[str, float]
 
 

@@ -28,7 +28,7 @@ from hpo.errors import BackendError, InputError, Problem
 from hpo.search import Search, job_of
 from serving.targets import haproxy
 from training import own
-from training.recipe import DataConfig, Job, Outcome, Progress, Resources
+from training.recipe import DataConfig, Job, Outcome, Pause, Progress, Resources
 from training.workers import ENVIRONMENT, GRACE, WorkersFailed, WorkersLost, call_on_group, mailbox_of, run_group
 
 # The trial's own process drives its worker group and computes nothing. A share of a CPU would come out of the cluster and
@@ -249,10 +249,14 @@ def train_alone(job: Job, name: str, *, storage: str, on_progress: Callable[[Pro
         BackendError: the training code raised, or workers were lost again and again.
     """
     with mailbox_of(name) as mailbox:
-        for again in reversed(range(TRIES)):
+        again = TRIES
+        while True:
             try:
-                return run_group(job, f"{name}-{time.time_ns()}", mailbox, storage=storage, on_progress=on_progress)
+                outcome = run_group(job, f"{name}-{time.time_ns()}", mailbox, storage=storage, on_progress=on_progress)
+                if outcome.ended != "paused":  # else its worker was told to leave, and it goes on from its checkpoint
+                    return outcome
             except WorkersLost as error:
+                again -= 1
                 if not again:
                     raise BackendError(f"{name}: workers were lost {TRIES} times, last: {error}") from error
             except WorkersFailed as error:
@@ -311,7 +315,8 @@ class _Course:
 
     def pass_on_stops(self) -> None:
         """Asks the runs to end that should; called again and again, because a run may begin at any time."""
-        reason = "interrupted" if self.interrupted else self.search.stopping or (self.error and "the search ended")
+        reason = Pause("interrupted") if self.interrupted else self.search.stopping
+        reason = reason or (self.error and Pause("the search ended"))
         for _, run in list(self.live.values()) if reason else ():
             if run not in self._told:
                 self._told.add(run)

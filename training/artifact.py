@@ -77,10 +77,13 @@ def write(folder: str | Path, fill: Callable[[Path], dict]) -> Artifact:
 
 def remove(folder: str | Path) -> None:
     """Removes a folder as a whole: whatever happens, it is there and whole, or not there. None that is there is no error."""
-    _, _, gone = _beside(Path(folder))
-    with suppress(FileNotFoundError):
-        Path(folder).rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)  # what is left of it is tidied by the next write
+    folder = Path(folder)
+    if not folder.exists():
+        return
+    _, _, gone = _beside(folder)
+    folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+    _tidy(folder.parent)  # what others could not finish
 
 
 def _beside(folder: Path) -> tuple[Path, Path, Path]:

@@ -156,7 +156,7 @@ def _checkpoints(job: Job, run: Run, identity: dict, ledger: _Ledger) -> Checkpo
     if why := unkept(run):
         ledger.conditions["no_checkpoints"] = why
         return None
-    kept = Checkpoints(Path(job.resume), job.save, identity, run.world)
+    kept = Checkpoints(Path(job.resume), job.resources.save, identity, run.world)
     if (path := kept.newest()) is not None:
         ledger.take_up(*kept.restore(run, path))
         ledger.conditions["resumed_at"] = ledger.step
@@ -252,7 +252,8 @@ def _tell(job: Job, report: Report, run: Run, planned: Plan, score: Callable | N
     if score and not math.isfinite(ledger.metrics["loss"]):
         raise _End("diverged", f"the validation loss became {ledger.metrics['loss']} at step {ledger.step}")
     stop = report(Progress(step=ledger.step, steps=planned.steps, tokens=ledger.tokens, share=ledger.step / planned.steps,
-                           seconds=ledger.watch.seconds, peak_bytes=ledger.peak, metrics=measured))  # fmt: skip
+                           seconds=ledger.watch.seconds, peak_bytes=ledger.peak, since=ledger.conditions.get("resumed_at", 0),
+                           metrics=measured))  # fmt: skip
     return run.world.agree(stop)
 
 

@@ -268,6 +268,7 @@ class Resources(Frozen):
     cpus: Number = Field(1, ge=0, le=1024, description="per worker")
     price: Number | None = Field(None, gt=0, description="currency units per hour of one device: a GPU, or a worker without")
     mode: Literal["fresh", "local"] = Field("fresh", description="a Ray Train worker group per trial, or this process")
+    save: Number = Field(60, ge=0, description="seconds between two checkpoints of a running trial; a shorter one writes none")
 
 
 class Limits(Frozen):
@@ -319,14 +320,16 @@ class Job(Frozen):
     output: str | None = Field(None, description="folder for the trained adapter; None keeps nothing")
     cache: str | None = Field(None, description="folder for tokenized rows, shared by trials; None tokenizes anew")
     resume: str | None = Field(None, description="folder for this run's checkpoints, from the newest of which it goes on")
-    save: Number = Field(60, ge=0, description="seconds between two checkpoints; a shorter run writes none")
     interventions: StrictBool = Field(
         False, description="final model only: what goes wrong is skipped, slowed down or taken back, on the record"
     )
 
 
 class Progress(Frozen):
-    """One report from inside the loop. `share` is the part of the trial's own length that is done (0..1]; `peak_bytes` so far."""
+    """One report from inside the loop. `share` is the part of the trial's own length that is done (0..1]; `peak_bytes` so far.
+
+    `since` is the step of the checkpoint that this launch went on from: what was reported up to there still holds.
+    """
 
     step: int
     steps: int
@@ -334,6 +337,7 @@ class Progress(Frozen):
     share: float
     seconds: float
     peak_bytes: int | None = None
+    since: int = 0
     metrics: dict[str, float] = Field(default_factory=dict)
 
 

@@ -4,7 +4,8 @@ Owns: `run_group` (one job on a fresh group), `call_on_group` (any function on a
 Must not know: Tune, studies, searches.
 
 A run ends cooperatively: every report of its main worker is answered with the reason to end, if there is one, and the loop
-returns normally. Only a run that does not answer is killed, by removing its placement group, which frees its resources
+returns normally; where it is only to pause, or a worker gets SIGTERM, or its node is about to be taken away, it leaves a
+checkpoint at its next step. Only a run that does not answer is killed, by removing its placement group, which frees its resources
 whether or not Ray's dashboard runs.
 """
 
@@ -15,6 +16,7 @@ import importlib
 import json
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,17 +29,19 @@ import torch
 from ray.exceptions import NodeDiedError, RayActorError, WorkerCrashedError
 from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
 from ray.util import get_current_placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from training import own
+from training import own, preemption
 from training.errors import InputError
 from training.loop import out_of_memory
-from training.recipe import Job, Outcome, Progress, Resources
+from training.recipe import Job, Outcome, Pause, Progress, Resources
 from training.world import World
 
 GRACE = 60.0  # seconds between asking a run to end and killing its group
 POLL = 0.25  # seconds between two looks at a run
+HEARING = 1.0  # seconds between two times that a worker asks whether it is to pause
 # One health check takes part of every fresh group's start and end; Ray's own default of 2 s would add seconds per trial. The
 # preemption watcher would be one more process per group; a node that is taken away shows as lost workers all the same.
 ENVIRONMENT = {
@@ -92,6 +96,10 @@ class Mailbox:
         """Keeps the placement group of a run, so that it can be freed; returns the reason to end before it begins, if any."""
         self._run(run).group = group
         return self._run(run).reason
+
+    def heard(self, run: str) -> str | None:
+        """Returns the reason to end, if any."""
+        return self._runs[run].reason if run in self._runs else None
 
     def report(self, run: str, progress: str) -> str | None:
         """Keeps a report for the driver; returns the reason to end, if any."""
@@ -229,7 +237,7 @@ class _Fit:
             function,
             train_loop_config=config,
             scaling_config=ScalingConfig(num_workers=resources.workers, use_gpu=resources.gpus > 0, resources_per_worker=each),
-            torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
+            torch_config=_Torch(backend="nccl" if resources.gpus else "gloo"),
             run_config=ray.train.RunConfig(name=run, storage_path=storage, failure_config=once),
         )
         threading.Thread(target=self._work, name=f"fit-{run}", daemon=True).start()
@@ -267,6 +275,7 @@ def _train_worker(config: dict) -> str:
     if reason := World.join().agree(reason):
         return Outcome(ended="stopped", reason=reason, share=0).model_dump_json()
     torch.set_num_threads(_threads(job.resources))
+    threading.Thread(target=_listen, args=(mailbox if main else None, run), name="listen", daemon=True).start()
 
     def report(progress: Progress) -> str | None:
         return ray.get(mailbox.report.remote(run, progress.model_dump_json())) if main else None
@@ -281,6 +290,41 @@ def _train_worker(config: dict) -> str:
         if not isinstance(outcome, Outcome):
             raise TypeError(f"the train function must return an Outcome, got {type(outcome).__name__}")
         return outcome.model_dump_json()
+
+
+def _listen(mailbox: Any, run: str) -> None:
+    """Gives notice where the run is to pause, or its node is about to be taken away: the next report may be far."""
+    here = ray.get_runtime_context().get_node_id()
+    with contextlib.suppress(RayActorError):
+        while not preemption.noticed():
+            time.sleep(HEARING)
+            # What Ray Train's own watcher asks (ray.train.get_preemption_info), which would be a process more per group.
+            leaves = here in ray._private.state.state.get_draining_nodes()
+            if leaves or (mailbox is not None and isinstance(ray.get(mailbox.heard.remote(run)), Pause)):
+                preemption.notice()
+
+
+def _heed_sigterm() -> None:
+    preemption.forget()
+    signal.signal(signal.SIGTERM, preemption.notice)
+
+
+class _Heeding(_TorchBackend):
+    """Torch's process group, and SIGTERM as a notice: Ray's own handler would end the worker without one more step.
+
+    Signal handlers are set by the main thread, in which Ray runs what a backend asks for; training has a thread of its own.
+    """
+
+    def on_start(self, worker_group, backend_config):
+        super().on_start(worker_group, backend_config)
+        worker_group.execute(_heed_sigterm)
+
+
+@dataclass
+class _Torch(TorchConfig):
+    @property
+    def backend_cls(self):
+        return _Heeding
 
 
 def _call_worker(config: dict) -> str:

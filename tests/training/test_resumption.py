@@ -14,7 +14,7 @@ import pytest
 
 from training import artifact, preemption
 from training.loop import train
-from training.recipe import EvaluationConfig, Job, Pause
+from training.recipe import EvaluationConfig, Job, Pause, Resources
 
 USUAL = {"steps": 8, "batch_size": 4, "micro_batch": 3, "evaluation": EvaluationConfig(reports=2, rows=8)}
 
@@ -22,7 +22,7 @@ USUAL = {"steps": 8, "batch_size": 4, "micro_batch": 3, "evaluation": Evaluation
 @pytest.fixture
 def job(make_job, tmp_path):
     """Returns a job whose checkpoints lie in the test's own folder."""
-    return lambda **given: make_job(**USUAL | {"resume": str(tmp_path / "resume"), "save": 1e9} | given)
+    return lambda **given: make_job(**USUAL | {"resume": str(tmp_path / "resume"), "resources": Resources(save=1e9)} | given)
 
 
 def told(job: Job, stop=lambda progress: None):
@@ -75,7 +75,7 @@ def test_a_run_that_is_shorter_than_the_time_between_two_checkpoints_writes_none
 
 
 def test_the_last_two_checkpoints_are_kept_and_a_stop_for_good_writes_none(job):
-    outcome, _ = told(job(save=0), lambda progress: "not promising" if progress.step == 6 else None)
+    outcome, _ = told(job(resources=Resources(save=0)), lambda progress: "not promising" if progress.step == 6 else None)
     assert outcome.ended == "stopped" and steps(job()) == ["step-00000004", "step-00000005"]
 
 
@@ -96,7 +96,7 @@ HARM = {
 @pytest.mark.parametrize("harm", HARM)
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_used(job, harm):
     whole = train(job(resume=None))
-    told(job(save=0), at(5))
+    told(job(resources=Resources(save=0)), at(5))
     HARM[harm](Path(job().resume) / steps(job())[-1])
     outcome = train(job())
     same(outcome, whole)
@@ -106,7 +106,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_used(job, harm
 
 
 def test_where_all_are_damaged_the_run_begins_anew_and_says_why(job):
-    told(job(save=0), at(3))
+    told(job(resources=Resources(save=0)), at(3))
     for name in steps(job()):
         flip(Path(job().resume) / name / "state.json")
     outcome = train(job())
@@ -176,7 +176,7 @@ def wait_for(job: Job, step: int, child: subprocess.Popen) -> None:
 
 
 def test_a_process_that_is_killed_again_and_again_comes_to_what_one_that_was_not_comes_to(job, tmp_path):
-    made = job(save=0, steps=40)
+    made = job(resources=Resources(save=0), steps=40)
     whole = train(made.model_copy(update={"resume": None}))
     for step in (5, 15):
         with launch(made, tmp_path) as child:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from training import loop
-from training.recipe import EvaluationConfig, Job, Pause
+from training.recipe import EvaluationConfig, Job, Pause, Resources
 
 ZERO = importlib.util.find_spec("deepspeed") is not None and shutil.which("g++") is not None
 STEPS, HALF = 6, 3
@@ -24,7 +24,7 @@ CASES = [("alone", 0), (0, "alone"), (0, 0)] + ([("alone", 2), (1, "alone"), (1,
 
 def made(make_job, folder: Path, stage) -> Job:
     return make_job(steps=STEPS, rank=16, batch_size=8, micro_batch=3, evaluation=EvaluationConfig(reports=2, rows=13),
-                    zero_stage=0 if stage == "alone" else stage, resume=str(folder), save=1e9)  # fmt: skip
+                    zero_stage=0 if stage == "alone" else stage, resume=str(folder), resources=Resources(save=1e9))  # fmt: skip
 
 
 def run(job: Job, stop: int | None) -> dict:
