@@ -17,7 +17,7 @@ from hpo.search import next_point, versions, visible, watch_of
 from hpo.space import Params, key
 from hpo.spec import Algorithm, Spec, Stopping
 from hpo.steer import ORIGIN, orders, steered
-from hpo.store import Record, Store
+from hpo.store import Record, Store, joined
 from hpo.trial import CurvePoint, Trial
 
 
@@ -132,7 +132,10 @@ class _Walk:
         self.watch.ended(self.recorded[row["number"]])
 
     def _curve(self, trial: Trial) -> tuple[CurvePoint, ...]:
-        return tuple(point for attempt, point in self.curves.get(trial.number, ()) if attempt == trial.attempts)
+        attempts: dict[int, dict[int, CurvePoint]] = {}
+        for attempt, point in self.curves.get(trial.number, ()):
+            attempts.setdefault(attempt, {})[point.step] = point
+        return joined({a: [own[step] for step in sorted(own)] for a, own in attempts.items()}, trial.attempts)
 
     def other(self, row: dict[str, Any]) -> None:
         """Written by a newer version: nothing that decides a trial."""

@@ -347,9 +347,6 @@ class Search:
             self._paid += trial.outcome.seconds or 0.0 if trial.outcome else 0.0
             self._watch.ended(trial)
             artifact.remove(resume_folder(self.spec, trial.number))
-            if self._rule != "none":
-                ended = [*self._remembered, trial.model_copy(update={"curve": curve})]
-                self._remembered = stopping.remember(self._rule, ended, self.spec.targets)
         else:
             self.store.add_event(self.study.id, "late result refused", number=trial.number, state=trial.state)
         return self._trials[trial.number]

@@ -281,7 +281,7 @@ class Store:
         by_trial: dict[int, dict[int, list[CurvePoint]]] = {}
         for row in points:
             by_trial.setdefault(row.number, {}).setdefault(row.attempt, []).append(CurvePoint.model_validate_json(row.point))
-        return [t.model_copy(update={"curve": _joined(by_trial.get(t.number, {}), t.attempts)}) for t in trials]
+        return [t.model_copy(update={"curve": joined(by_trial.get(t.number, {}), t.attempts)}) for t in trials]
 
     def points(self, study: int) -> dict[tuple[int, int, int], CurvePoint]:
         """Returns all reports by trial, attempt and step."""
@@ -504,7 +504,7 @@ class Holder:
                 raise StudyBusy("Another process has taken this study over; this one stops.")
 
 
-def _joined(attempts: dict[int, list[CurvePoint]], last: int) -> tuple[CurvePoint, ...]:
+def joined(attempts: dict[int, list[CurvePoint]], last: int) -> tuple[CurvePoint, ...]:
     """Returns the curve of an attempt: what earlier ones reported up to the step that it went on from, and its own points."""
     curve: list[CurvePoint] = []
     for attempt in sorted(number for number in attempts if number <= last):
@@ -573,4 +573,4 @@ def open_store(storage: str, database: str | None = None, *, create: bool = True
     return Store(database or sa.URL.create("sqlite", database=str(Path(storage) / "hpo.db")), create=create)
 
 
-__all__ = ["Holder", "Record", "Store", "open_store", "with_state"]
+__all__ = ["Holder", "Record", "Store", "joined", "open_store", "with_state"]
