@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hpo import evidence, extensions
+from hpo import evidence, extensions, keeping
 from hpo.certificate import Certificate, Interval, Measured, Scored, SideBySide
 from hpo.choosing import choose
 from hpo.comparison import breakdown, metrics_of, retained
@@ -95,6 +95,9 @@ def certify(spec: Spec, trials: Sequence[Trial], data: DataConfig, call: Call, *
     if chosen is None:
         return None
     winner, reason = chosen
+    if real and (why := keeping.why_gone(winner)):
+        reason += f"; its adapter was deleted ({why}), so it is not compared on the test rows"
+        return Certificate(winner=winner.number, reason=reason, measured=measured, made=time.time(), machine={})
     together = real and spec.resources.workers == 1  # one group trains them all, and compares
     start = 0.0 if together or spec.resources.mode == "local" or spec.train == "simulated" else evidence.START
     planned = evidence.plan(spec, settled, winner, data, start=start)
@@ -109,10 +112,14 @@ def certify(spec: Spec, trials: Sequence[Trial], data: DataConfig, call: Call, *
     on_phase("comparing on untouched rows" + (f", after training again {len(planned.jobs)} times" if planned.jobs else ""))
     certificate, found, models = _looked(certificate, spec, planned, trials, data, call, found if not together else None)
     certificate = _judged(certificate, spec, planned, settled, found, models)
-    if certificate.winner != winner.number:
-        beside = next(t for t in settled if t.number == certificate.winner)
+    if certificate.winner != winner.number and not keeping.why_gone(_by_number(settled, certificate.winner)):
+        beside = _by_number(settled, certificate.winner)
         certificate = _compared(certificate, spec, beside, trials, call, _comparison(spec, beside, trials, data))
     return certificate
+
+
+def _by_number(trials: Sequence[Trial], number: int) -> Trial:
+    return next(t for t in trials if t.number == number)
 
 
 def _judged(

@@ -69,7 +69,7 @@ def plan(spec: Spec, trials: Sequence[Trial], winner: Trial, data: DataConfig, *
             seed = (trial.recipe.seed + i) % 2**31
             jobs[trial.number, seed] = job.model_copy(update={
                 "recipe": job.recipe.model_copy(update={"seed": seed}), "limits": Limits(),
-                "evaluation": job.evaluation.model_copy(update={"reports": 1}),
+                "evaluation": job.evaluation.model_copy(update={"reports": 1}), "resume": None,
                 "output": str(spec.folder / "certify" / f"{trial.number:05d}-{seed}"),
             })  # fmt: skip
     return Plan(winner, tuple(others), jobs, allowed)

@@ -48,6 +48,7 @@ class Model(Frozen):
     gain: Interval | None = Field(None, description="accuracy of the model minus that of the untuned base, paired over rows")
     retained: Retained | None = Field(None, description="what it and the untuned base know of the study's general text")
     checks: dict[str, Any] = Field(default_factory=dict, description="merged against adapter: differences and their bounds")
+    interventions: tuple[dict[str, Any], ...] = Field((), description="what the retraining did about steps that went wrong")
     prompts: tuple[tuple[str, str], ...] = Field((), description="real prompts with the answers that the merged model must give")
 
     @property

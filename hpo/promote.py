@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -24,11 +25,13 @@ from hpo import comparison
 from hpo.certificate import Retained, Scored
 from hpo.certify import Call, interval
 from hpo.errors import InputError, NotFound, Problem
+from hpo.keeping import why_gone
 from hpo.model import Lineage, Model
 from hpo.search import job_of
 from hpo.spec import Promote, Spec
 from hpo.store import Record, Store
 from hpo.trial import Trial
+from training import artifact
 from training.recipe import DataConfig, Job, Outcome, Recipe
 
 PROMPTS = 8  # real prompts that merged and adapter model are compared on, and the endpoint is checked with
@@ -66,10 +69,11 @@ class Promotion:
 
     @property
     def job(self) -> Job:
-        """The trial's own job, on all the rows that it may be retrained on."""
+        """The trial's own job, on all the rows that it may be retrained on, where what goes wrong is answered and on record."""
         job = job_of(self.trial, self.spec, self.data)
         # The validation rows may be trained on, so their score says nothing: one, at the end, is all that the loop asks for.
-        update = {"rows": self.spec.promote.rows, "output": str(self.work / "retrained")}
+        update = {"rows": self.spec.promote.rows, "output": str(self.work / "retrained"), "interventions": True,
+                  "resume": str(self.work / "running")}  # fmt: skip
         return job.model_copy(update=update | {"evaluation": job.evaluation.model_copy(update={"reports": 1, "metrics": ()})})
 
     @property
@@ -160,7 +164,7 @@ def _chosen(record: Record, trials: Sequence[Trial], number: int | None) -> Tria
     if trial.state != "complete" or trial.outcome is None:
         rule = f"trial {number} is {trial.state}; only a complete one can be promoted."
         raise InputError(Problem(name, rule, "Name a trial of the front: hpo show lists them."))
-    if trial.outcome.checkpoint is None:
+    if trial.outcome.checkpoint is None and why_gone(trial) is None:
         rule = f"trial {number} left no adapter: it was simulated, or trained by a function of its own."
         raise InputError(Problem(name, rule, "Promote a trial that the study's own loop trained."))
     return trial
@@ -172,25 +176,54 @@ def _chosen(record: Record, trials: Sequence[Trial], number: int | None) -> Tria
 def _choose(promotion: Promotion, done: dict[str, Any]) -> dict[str, Any]:
     from training.checkpoint import verify
 
-    verify(promotion.trial.outcome.checkpoint)
+    if promotion.trial.outcome.checkpoint is not None:
+        verify(promotion.trial.outcome.checkpoint)
     certificate = promotion.record.certificate
     reason = certificate.reason if certificate and certificate.winner == promotion.trial.number else "named by the user"
     return {"trial": promotion.trial.number, "reason": reason}
 
 
 def _retrain(promotion: Promotion, done: dict[str, Any]) -> dict[str, Any]:
-    outcome = promotion.bench.train(promotion.job)
-    return {"ended": outcome.ended, "reason": outcome.reason, "folder": outcome.checkpoint, "seconds": outcome.seconds}
+    outcome, interventions = train_within_memory(promotion.job, promotion.bench.train)
+    artifact.remove(promotion.job.resume)
+    if outcome.checkpoint is None and (why := why_gone(promotion.trial)):
+        rule = f"the retraining ended {outcome.ended} ({outcome.reason}), and the trial's own adapter was deleted ({why})."
+        raise InputError(Problem(promotion.name, rule, "Promote another trial: hpo show lists them."))
+    return {"ended": outcome.ended, "reason": outcome.reason, "folder": outcome.checkpoint, "seconds": outcome.seconds,
+            "interventions": interventions}  # fmt: skip
+
+
+def train_within_memory(job: Job, train: Callable[[Job], Outcome]) -> tuple[Outcome, list[dict[str, Any]]]:
+    """Returns what a job came to, and all interventions; where memory runs out, it goes on with half the micro-batch.
+
+    The batch and what is learnt stay as they are: twice as many forwards make up one optimizer step.
+    """
+    halved: list[dict[str, Any]] = []
+    while True:
+        outcome = train(job)
+        micro = job.recipe.micro_batch or job.recipe.batch_size // job.resources.workers
+        if outcome.ended != "infeasible" or not outcome.reason.startswith("out of memory") or micro == 1:
+            return outcome, halved + list(outcome.conditions.get("interventions", ()))
+        less = micro // 2
+        step = int((re.findall(r"at step (\d+)", outcome.reason) or ["0"])[0])
+        halved.append({"step": step, "did": "halve the micro-batch", "why": outcome.reason,
+                       "values": {"micro_batch": [micro, less]}})  # fmt: skip
+        job = job.model_copy(update={"recipe": job.recipe.model_copy(update={"micro_batch": less})})
 
 
 def _keep(promotion: Promotion, done: dict[str, Any]) -> dict[str, Any]:
     recipe, retrained = promotion.job.recipe.model_dump(mode="json"), done["retrain"]["folder"]
-    models = [{"who": "untuned", "checkpoint": None}, {"who": "trial", "checkpoint": promotion.trial.outcome.checkpoint}]
+    models = [{"who": "untuned", "checkpoint": None}]
+    if promotion.trial.outcome.checkpoint is not None:
+        models += [{"who": "trial", "checkpoint": promotion.trial.outcome.checkpoint}]
     models += [{"who": "retrained", "checkpoint": retrained}] if retrained else []
     payload = {"models": [m | {"recipe": recipe} for m in models], "job": promotion.job.model_dump(mode="json")}
     found = promotion.bench.call("training.measure.judge", payload)["models"]
     scored = {m["who"]: _scored(m, promotion.trial.number) for m in found}
-    kept, why = better(scored["trial"], scored.get("retrained"), done["retrain"])
+    if "trial" in scored:
+        kept, why = better(scored["trial"], scored.get("retrained"), done["retrain"])
+    else:
+        kept, why = "retrained", f"the retrained adapter: the trial's own was deleted ({why_gone(promotion.trial)})"
     right = {m["who"]: m["right"] for m in found}
     gain = interval([a - b for a, b in zip(right[kept], right["untuned"], strict=True)])
     both = [m for m in found if m["who"] in ("untuned", kept)]
@@ -293,8 +326,8 @@ def _model(promotion: Promotion, done: dict[str, Any], *, folder: str, digest: s
     retained = Retained.model_validate(keep["retained"]) if keep.get("retained") else None
     return Model(
         name=promotion.name, version=0, key=promotion.key, folder=folder, digest=digest, created=time.time(), lineage=lineage,
-        kept=keep["kept"], why=keep["why"], refused=refusal(promotion.spec.promote, scores, retained), scores=tuple(scores),
-        retained=retained,
+        interventions=done["retrain"].get("interventions", ()) if keep["kept"] == "retrained" else (),
+        kept=keep["kept"], why=keep["why"], refused=refusal(promotion.spec.promote, scores), scores=tuple(scores),
         gain=keep["gain"], checks=merged["checks"],
         prompts=tuple(zip(promotion.prompts, merged.get("answers", ()), strict=False)),
     )  # fmt: skip
@@ -323,10 +356,11 @@ def reproduce(model: Model, spec: Spec, bench: Bench) -> dict[str, Any]:
     job = Job(
         recipe=recipe, data=DataConfig.model_validate(lineage.data), evaluation=spec.evaluation.model_copy(update={"reports": 1}),
         resources=spec.resources, limits=spec.limits, rows=lineage.rows, output=str(work / "adapter"),
+        interventions=model.kept == "retrained", resume=str(work / "running"),
     )  # fmt: skip
     try:
         bench.on_phase("retrain")
-        outcome = bench.train(job)
+        outcome, _ = train_within_memory(job, bench.train)
         if outcome.checkpoint is None:
             raise InputError(
                 Problem(model.label, f"the retraining ended {outcome.ended}: {outcome.reason}.", "Look at its data.")

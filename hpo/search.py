@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from hpo import algorithms, gate, growth, space, stopping
+from hpo import algorithms, gate, growth, keeping, space, stopping
 from hpo.errors import rule_of
 from hpo.objectives import losses
 from hpo.space import Params
@@ -210,6 +210,11 @@ class Search:
         if self.spec.budget.cost is not None and self.cost >= self.spec.budget.cost:
             self.stop(f"budget.cost ({self.spec.budget.cost:g}) is spent")
 
+    def retain(self, *, winner: int | None, settled: bool = False) -> None:
+        """Deletes the adapters that the study's `keep` no longer wants; see `hpo.keeping`."""
+        gone = keeping.apply(self.store, self.study.id, self.spec, self.trials, winner=winner, settled=settled)
+        self._trials |= {trial.number: trial for trial in gone}
+
     def heed(self) -> None:
         """Stops the search where a signal asked for it."""
         if self.interrupted:
@@ -347,6 +352,8 @@ class Search:
             self._paid += trial.outcome.seconds or 0.0 if trial.outcome else 0.0
             self._watch.ended(trial)
             artifact.remove(resume_folder(self.spec, trial.number))
+            if trial.outcome is not None and trial.outcome.checkpoint:
+                self.retain(winner=self.study.certificate.winner if self.study.certificate else None)
         else:
             self.store.add_event(self.study.id, "late result refused", number=trial.number, state=trial.state)
         return self._trials[trial.number]
@@ -445,6 +452,6 @@ def job_of(trial: Trial, spec: Spec, data: DataConfig) -> Job:
     limits = spec.limits.model_copy(update={"seconds": spec.seconds_limit})
     return Job(
         recipe=recipe, data=data, evaluation=spec.scoring, resources=spec.resources, limits=limits,
-        output=str(spec.folder / "trials" / f"{trial.number:05d}"), cache=str(spec.folder / "cache"),
+        output=str(keeping.output_folder(spec, trial.number)), cache=str(spec.folder / "cache"),
         resume=str(resume_folder(spec, trial.number)),
     )  # fmt: skip

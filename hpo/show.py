@@ -122,7 +122,7 @@ def study_text(study: Study):
         for t in trials
         if t.state in ("failed", "diverged", "infeasible") and t.error
     ][:5]
-    parts += [line for line in _winner_lines(study) if line]
+    parts += [line for line in (*_winner_lines(study), _kept_line(study, trials)) if line]
     if said := study.insights():
         parts += ["[bold]What mattered[/bold]", *(f"  {escape(line)}" for line in said)]
     if said := outlook_text(study.outlook()):
@@ -171,6 +171,15 @@ def front_table(study: Study, members: list[Trial]):
         values = [number(value_of(trial.recipe, name)) for name in spec.space]
         table.add_row(f"{mark}{trial.number}", *values, *(number(o.of(trial.outcome), o.unit) for o in spec.targets))
     return table
+
+
+def _kept_line(study: Study, trials: list[Trial]) -> str:
+    from hpo.keeping import bytes_kept, why_gone
+
+    count, size = bytes_kept(study.spec)
+    gone = sum(1 for t in trials if why_gone(t))
+    deleted = f"; those of {gone} others were deleted (keep: {study.spec.keep})" if gone else ""
+    return f"Adapters of {count} trials are kept, {number(size, 'bytes')}{deleted}." if count or gone else ""
 
 
 def _winner_lines(study: Study) -> list[str]:

@@ -30,6 +30,7 @@ def model_text(model: Model):
         ("stage", model.stage + (f"; not to be deployed: {model.refused}" if model.refused else "")),
         ("from", f"trial {lineage.trial} of study {lineage.study}; base {lineage.base}; rows {lineage.digest[:12]}"),
         ("kept", model.why),
+        *((f"step {one['step']}", f"{one['did']}: {one['why']}") for one in model.interventions),
         ("accuracy", f"{', '.join(scores)} on {model.scores[-1].rows} rows that none of them saw"),
         ("checks", _checks(model.checks)),
         ("folder", model.folder),

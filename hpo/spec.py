@@ -111,6 +111,9 @@ class Serving(Frozen):
     )
 
 
+Keep = Literal["front", "all", "best", "none"]
+
+
 class Spec(Frozen):
     """One study: what varies, on what, towards what, for how long."""
 
@@ -134,6 +137,9 @@ class Spec(Frozen):
     prior: Prior = Prior()
     budget: Budget = Budget()
     resources: Resources = Resources()
+    keep: Keep = Field(
+        "front", description="adapters of trials that stay: of the front (and the defaults), all, best (the winner's), none"
+    )
     choose: Choose = Choose()
     certify: Certify = Certify()
     promote: Promote = Promote()

@@ -312,6 +312,16 @@ class Store:
                 _note(db, study, "finish", number=trial.number, attempt=trial.attempts)
             return kept
 
+    def drop_checkpoint(self, study: int, number: int, condition: str, why: str) -> Trial:
+        """Takes a trial's checkpoint off the record, for a reason that is kept among its conditions; returns the trial."""
+        place = sa.and_(_trials.c.study == study, _trials.c.number == number)
+        with self._begin(alone=True) as db:
+            trial = Trial.model_validate_json(db.scalar(sa.select(_trials.c.trial).where(place)))
+            gone = {"checkpoint": None, "conditions": trial.outcome.conditions | {condition: why}}
+            trial = trial.model_copy(update={"outcome": trial.outcome.model_copy(update=gone)})
+            db.execute(_trials.update().where(place).values(trial=trial.model_dump_json(exclude={"curve"})))
+        return trial
+
     def _update(self, db: sa.Connection, study: int, trial: Trial) -> bool:
         running = sa.and_(_trials.c.study == study, _trials.c.number == trial.number, _trials.c.state.not_in(FINAL))
         values = {"state": trial.state, "trial": trial.model_dump_json(exclude={"curve"})}

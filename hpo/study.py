@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo import certify, check, choosing, endpoint, extensions, growth, local, prior
+from hpo import certify, check, choosing, endpoint, extensions, growth, keeping, local, prior
 from hpo import promote as promotion
 from hpo import spec as specs
 from hpo.certificate import Certificate
@@ -487,7 +487,7 @@ def _run(
                 finally:
                     search.close()
                 if search.stopping is None or not search._resume:
-                    _finish(study, data, backend, tell)
+                    _finish(study, search, data, backend, tell)
     tell(phase="done")
     if search.stopping and search._resume:
         raise KeyboardInterrupt(search.stopping)
@@ -580,7 +580,9 @@ def _finished(loaded: Loaded, digest: str) -> Study | None:
     certified = record.certificate is not None and record.certificate.made >= max((t.finished or 0 for t in trials), default=0)
     if launched < spec.budget.trials or not certified or not all(t.final for t in trials) or any(o.waits for o in given):
         return None
-    store.add_study(_continued(record, loaded, digest), loaded.written, digest)
+    spec = store.add_study(_continued(record, loaded, digest), loaded.written, digest).spec
+    with store.hold(record.id):  # `keep` may be another one now
+        keeping.apply(store, record.id, spec, trials, winner=record.certificate.winner, settled=True)
     return Study(store, spec.name)
 
 
@@ -707,7 +709,7 @@ def _progress(search: Search, since: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _finish(study: Study, data: DataConfig, backend: _Backend, tell: Callable) -> None:
+def _finish(study: Study, search: Search, data: DataConfig, backend: _Backend, tell: Callable) -> None:
     """Certifies the winner and writes the report, unless nothing has changed since the last time."""
     record = study.record
     trials = study.store.trials(record.id)
@@ -725,6 +727,8 @@ def _finish(study: Study, data: DataConfig, backend: _Backend, tell: Callable) -
             on_phase=lambda phase: tell(phase=phase, running={}, left=None),
         )
         study.store.set_certificate(record.id, made)
+    if (made := study.certificate) is not None:
+        search.retain(winner=made.winner, settled=True)
     tell(phase="writing the report", running={}, left=None)
     view = study.view()
     if (made := study.certificate) is not None and list(made.insights) != view.insights:

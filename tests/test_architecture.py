@@ -19,6 +19,7 @@ LAYERS = (
     ("algorithms", "gate", "prior", "growth", "stopping", "importance", "insight", "extensions", "choosing", "verdict"),
     ("spec",),  # a study as a user writes it
     ("store", "steer"),  # the record, and orders to who runs a study
+    ("keeping",),  # which of its files stay
     ("search",),  # the heart: ask, report, tell
     # What a run is made of.
     ("check", "local", "simulator", "replay", "tune", "evidence", "certify", "figures", "report", "promote", "endpoint",

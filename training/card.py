@@ -71,7 +71,8 @@ def card(record: dict[str, Any]) -> str:
     licence = record.get("licence") or licence_of(model, recipe.get("revision"))
     title = f"{record.get('name', 'model')}" + (f" v{record['version']}" if record.get("version") else "")
     parts = [_front(model, licence, recipe), f"# {_plain(title)}", _opening(record, model), _scores(record)]
-    parts += [_data(record["lineage"]), _recipe(recipe), _merge(record), USE, _limits(record, licence), _made(record)]
+    parts += [_data(record["lineage"]), _recipe(recipe), _interventions(record)]
+    parts += [_merge(record), USE, _limits(record, licence), _made(record)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -137,6 +138,15 @@ def _data(lineage: dict) -> str:
 def _recipe(recipe: dict) -> str:
     shown = {name: value for name, value in recipe.items() if value is not None} | {"model": _name(str(recipe.get("model")))}
     return "## Recipe\n\n" + _table(["setting", "value"], [[name, _value(value)] for name, value in shown.items()])
+
+
+def _interventions(record: dict) -> str:
+    if not (done := record.get("interventions")):
+        return ""
+    said = [", ".join(f"{name} {_value(value)}" for name, value in one["values"].items()) for one in done]
+    rows = [[one["step"], one["did"], one["why"], values] for one, values in zip(done, said, strict=True)]
+    text = f"## Interventions\n\nThe training went wrong {len(done)} times and went on, changed as follows:\n\n"
+    return text + _table(["step", "what was done", "why", "values"], rows)
 
 
 def _value(value: Any) -> str:
