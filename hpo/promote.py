@@ -327,7 +327,8 @@ def _model(promotion: Promotion, done: dict[str, Any], *, folder: str, digest: s
     return Model(
         name=promotion.name, version=0, key=promotion.key, folder=folder, digest=digest, created=time.time(), lineage=lineage,
         interventions=done["retrain"].get("interventions", ()) if keep["kept"] == "retrained" else (),
-        kept=keep["kept"], why=keep["why"], refused=refusal(promotion.spec.promote, scores), scores=tuple(scores),
+        kept=keep["kept"], why=keep["why"], refused=refusal(promotion.spec.promote, scores, retained), scores=tuple(scores),
+        retained=retained,
         gain=keep["gain"], checks=merged["checks"],
         prompts=tuple(zip(promotion.prompts, merged.get("answers", ()), strict=False)),
     )  # fmt: skip

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import hpo
 from hpo import local
+from hpo.keeping import bytes_kept, given_up, why_gone
 from hpo.objectives import named
 from hpo.pareto import front
-from hpo.keeping import bytes_kept, given_up, why_gone
 from hpo.store import Store
 from hpo.trial import Trial
 from serving.endpoint import TABLE
