@@ -37,8 +37,8 @@ def test_where_memory_runs_out_the_micro_batch_is_halved_and_the_batch_and_the_r
 def test_a_trial_whose_adapter_was_deleted_is_promoted_by_its_retraining(tmp_path):
     study = hpo.run({
         "name": "small", "storage": str(tmp_path), "recipe": {"max_length": 128, "steps": 40, "learning_rate": 0.01},
-        "data": DATA, "evaluation": {"rows": 16, "test_rows": 40, "reports": 1}, "space": {"rank": [8, 16]}, "algorithm": "random",
-        "budget": {"trials": 1}, "resources": {"mode": "local"}, "keep": "none", "certify": {"extra": 0},
+        "data": DATA, "evaluation": {"rows": 16, "test_rows": 40, "reports": 1}, "space": {"rank": [8, 16]},
+        "algorithm": "random", "budget": {"trials": 1}, "resources": {"mode": "local"}, "keep": "none", "certify": {"extra": 0},
     })  # fmt: skip
     assert study.winner().outcome.checkpoint is None and study.certificate.scores, "it was compared before it was deleted"
     model = study.promote()
