@@ -54,7 +54,7 @@ def runs(wanted: Iterable[Run], journal: Path) -> list[Run]:
 
 
 def _name(run: Run) -> str:
-    return json.dumps([run[part] for part in ("problem", "algorithm", "seed", "options", "at")], sort_keys=True)
+    return json.dumps([run.get(part) for part in ("problem", "algorithm", "seed", "options", "at", "given")], sort_keys=True)
 
 
 def read(journal: Path) -> list[Run]:
@@ -86,6 +86,14 @@ def start(problem: Problem, seed: int, count: int = START) -> list[Params]:
     return [problem.space.sample(rng) for _ in range(count)]
 
 
+def wrong(problem: Problem, seed: int, count: int) -> list[Params]:
+    """Returns a prior that could not be worse: the `count` points of the lowest accuracy among 500 drawn."""
+    rng = Random(f"wrong:{seed}")
+    drawn = [problem.space.sample(rng) for _ in range(500)]
+    scores = [outcome.scores["accuracy"] for outcome in problem.evaluate(drawn)]
+    return [drawn[i] for i in sorted(range(len(drawn)), key=scores.__getitem__)[:count]]
+
+
 def _run(run: Run) -> Run:
     import torch
 
@@ -94,12 +102,17 @@ def _run(run: Run) -> Run:
     problem = problems.load(run["problem"])
     peer = {"random": _random, "optuna": _optuna, "pymoo": _pymoo}.get(run["algorithm"])
     length = max(run["at"])
-    trials = peer(problem, run["seed"], length) if peer else _ours(problem, run["seed"], length, run["algorithm"], run["options"])
+    if peer:
+        trials = peer(problem, run["seed"], length)
+    else:
+        given = wrong(problem, run["seed"], run["given"]) if run.get("given") else []
+        trials = _ours(problem, run["seed"], length, run["algorithm"], run["options"], given)
     return run | {"volumes": [round(problem.volume(trials[:at]), 6) for at in run["at"]]}
 
 
-def _ours(problem: Problem, seed: int, length: int, name: str, options: dict[str, Any]) -> list[Trial]:
-    trials = [problem.trial(i, point) for i, point in enumerate(start(problem, seed, options.get("population", START)))]
+def _ours(problem: Problem, seed: int, length: int, name: str, options: dict[str, Any], given: list[Params]) -> list[Trial]:
+    first = [*given, *start(problem, seed, options.get("population", START))]
+    trials = [problem.trial(i, point) for i, point in enumerate(first)]
     while len(trials) < length:
         point = load(name)(problem.space, problem.objectives, trials, Random(f"{seed}:{len(trials)}"), **options)
         trials.append(problem.trial(len(trials), point))
