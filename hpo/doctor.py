@@ -102,7 +102,7 @@ def _compiler() -> Finding:
         except ImportError:
             pass
     return Finding("compiler", f"missing {', '.join(missing)}" if missing else "g++ and ninja", not missing,
-                   "DeepSpeed builds an operator for CPU workers on first use: install g++ and ninja", needed=False)  # fmt: skip
+                   "For recipe.offload DeepSpeed builds an optimizer: install g++ and ninja", needed=False)  # fmt: skip
 
 
 def _ray() -> Finding:

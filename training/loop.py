@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from training import checkpoint, evaluate, metrics, preemption, stability
+from training import checkpoint, evaluate, metrics, preemption, stability, zero
 from training.data import Prepared, Tokenized, prepare, read, sample
 from training.errors import wrong
 from training.meter import Counted, Stopwatch, gemm_seconds, operations
@@ -139,15 +139,17 @@ def _train(job: Job, report: Report, world: World, device: str, ledger: _Ledger)
         ledger.peak = int(world.largest(probe_bytes(job, shape, planned, rows, world, device)))
         _check_limit(job.limits.peak_bytes, ledger.peak, "peak bytes")
     run = set_up(job, shape, planned, world, device)
-    ledger.trainable = sum(p.numel() for p in run.parameters)
+    ledger.trainable = sum(zero.elements(p) for p in run.parameters)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     kept = _checkpoints(job, run, identity(recipe, planned.steps, len(rows)), ledger) if job.resume else None
     _steps(job, report, run, planned, rows, lambda: _score(run, held_out, prepared, tokenizer, job, ledger), ledger, kept)
     folder = None
-    if job.output and world.rank == 0:
-        record = {"recipe": recipe.model_dump(mode="json"), "tokens": ledger.tokens, "metrics": ledger.metrics}
-        folder = checkpoint.save_adapter(run.inner, job.output, record)
+    if job.output:
+        with zero.whole(run.inner, run.engine):
+            if world.rank == 0:
+                record = {"recipe": recipe.model_dump(mode="json"), "tokens": ledger.tokens, "metrics": ledger.metrics}
+                folder = checkpoint.save_adapter(run.inner, job.output, record)
     return ledger.outcome(folder=folder)
 
 
@@ -282,7 +284,9 @@ def _check_limit(limit: float | None, value: float | None, name: str) -> None:
 
 def _score(run: Run, held_out: Tokenized, prepared: Prepared, tokenizer, job: Job, ledger: _Ledger) -> dict[str, float]:
     world, wanted, own = run.world, metrics.chosen(job.evaluation.metrics), evaluate.own_scores(job)
-    part = slice(world.rank, None, world.size)
+    # At ZeRO stage 3 every forward is a collective: all workers score all rows together.
+    together = job.recipe.zero_stage == 3
+    part = slice(None) if together else slice(world.rank, None, world.size)
     mine = Tokenized(held_out.ids[part], held_out.prompt_lengths[part])
     answered = evaluate.chosen_rows(len(held_out), job.evaluation.answers)[part]
     limit = evaluate.answer_limit(job.evaluation, held_out)
@@ -290,7 +294,7 @@ def _score(run: Run, held_out: Tokenized, prepared: Prepared, tokenizer, job: Jo
     if len(mine):
         with computing(job.recipe.precision, run.device):
             scores |= evaluate.score_rows(run.inner, mine, prepared, job, tokenizer=tokenizer, answered=answered, limit=limit)
-    scores = world.gather(scores)
+    scores = scores if together else world.gather(scores)
     ledger.conditions["right"] = evaluate.pack_bits(scores["right"])
     return evaluate.summary(scores, wanted, own)
 

@@ -129,10 +129,10 @@ def predict(
             (gradients, tokens * hidden + ends, scores * size),
         ]
     more, activations, logits = max(moments, key=sum)
-    return Memory(int(_weight_bytes(recipe, shape)), int(standing + more), int(activations), int(logits))
+    return Memory(int(_weight_bytes(recipe, shape, workers)), int(standing + more), int(activations), int(logits))
 
 
-def _weight_bytes(recipe: Recipe, shape: Shape) -> float:
+def _weight_bytes(recipe: Recipe, shape: Shape, workers: int) -> float:
     """Returns the bytes of the base, with what its quantization needs and copies of it in the computation's precision."""
     size = FP32 if recipe.precision == "fp32" else 2
     rest = shape.parameters - shape.linear_parameters
@@ -143,6 +143,9 @@ def _weight_bytes(recipe: Recipe, shape: Shape) -> float:
         weights += INT8_OVERHEAD * sum(out for out, _ in shape.linear.values())
     if recipe.bits == 32 and size < FP32:
         weights += shape.linear_parameters * size  # autocast's copies are kept for the backward pass
+    if recipe.zero_stage == 3:  # a part on each worker, or on the host; and two blocks gathered
+        blocks = min(weights, 2 * weights * shape.linear_parameters / shape.parameters / shape.layers)
+        return blocks + (0 if recipe.offload else weights / workers)
     return weights
 
 
@@ -163,6 +166,8 @@ def _trained(recipe: Recipe, shape: Shape) -> list[int]:
 
 def _adapter_bytes(recipe: Recipe, tensors: list[int], workers: int) -> tuple[float, float]:
     """Returns the bytes of what is trained that always stand (weights of adapters, moments, buffers), and of gradients."""
+    if recipe.offload:  # AdamW's state, and at stage 3 the weights' parts, lie in the host's memory
+        return _offloaded(recipe, tensors)
     full, parameters = recipe.adapter == "full", sum(tensors)
     size = BYTES[recipe.bits] if full else FP32
     weights = 0 if full else FP32 * parameters  # those of a whole model are counted with the base
@@ -172,8 +177,10 @@ def _adapter_bytes(recipe: Recipe, tensors: list[int], workers: int) -> tuple[fl
         buffer = FP32 * min(BUCKET, parameters)
     elif workers > 1:  # data-parallel training reduces gradients in buckets of their own
         buffer = size * parameters
-    if recipe.zero_stage == 2:
+    if recipe.zero_stage >= 2:
         gradients /= workers
+    if recipe.zero_stage == 3:  # gradients have a place of their own besides, and weights lie in parts; a block's are whole
+        weights, moments = weights / workers, moments + gradients
     copies = 2 * parameters if recipe.precision != "fp32" and not full else 0  # autocast keeps a copy of what is trained
     if recipe.adapter == "adalora":
         moments += ALLOCATOR * FP32 * parameters
@@ -181,6 +188,13 @@ def _adapter_bytes(recipe: Recipe, tensors: list[int], workers: int) -> tuple[fl
         rank = start_rank(recipe)
         buffer += FP32 * sum(tensors[::3]) + 2 * FP32 * rank * rank * len(tensors[::3])
     return weights + moments + copies + buffer, gradients
+
+
+def _offloaded(recipe: Recipe, tensors: list[int]) -> tuple[float, float]:
+    """Returns the bytes on the device where the optimizer and its state are on the host: weights and the bucket of gradients."""
+    parameters = sum(tensors)
+    weights = 0 if recipe.adapter == "full" or recipe.zero_stage == 3 else FP32 * parameters
+    return weights + FP32 * min(BUCKET, parameters), 0 if recipe.zero_stage >= 2 else FP32 * parameters
 
 
 def _moments(recipe: Recipe, tensors: list[int], size: float) -> float:

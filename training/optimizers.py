@@ -26,7 +26,7 @@ def build(recipe: Recipe, model):
         groups.setdefault((times, recipe.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
     made = [{"params": group, "times": times, "lr": recipe.learning_rate * times, "weight_decay": decay}
             for (times, decay), group in groups.items()]  # fmt: skip
-    return OPTIMIZERS[recipe.optimizer](made, recipe.learning_rate)
+    return (_on_the_host if recipe.offload else OPTIMIZERS[recipe.optimizer])(made, recipe.learning_rate)
 
 
 def set_rate(optimizer, rate: float) -> None:
@@ -39,6 +39,12 @@ def _adamw(groups: list[dict], rate: float):
     import torch
 
     return torch.optim.AdamW(groups, lr=rate, fused=True)
+
+
+def _on_the_host(groups: list[dict], rate: float):
+    from deepspeed.ops.adam import DeepSpeedCPUAdam  # AdamW on a CPU, for state that is kept there (Ren et al. 2021)
+
+    return DeepSpeedCPUAdam(groups, lr=rate, adamw_mode=True)
 
 
 def _of_bitsandbytes(name: str):

@@ -109,7 +109,10 @@ class Recipe(Frozen):
         "fp32", description="of the computation; adapters stay fp32; fp16 scales the loss (Micikevicius et al. 2018)"
     )
     bits: Literal[32, 16, 8, 4] = Field(32, description="of the base; 4 is NF4 with double quantization (QLoRA)")
-    zero_stage: Literal[0, 1, 2] = Field(0, description="DeepSpeed ZeRO stage; 0 is plain data parallel training")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        0, description="DeepSpeed ZeRO: workers share optimizer state (1), gradients (2), weights (3); 0 is plain data parallel"
+    )
+    offload: StrictBool = Field(False, description="ZeRO: optimizer state, and at stage 3 weights, in the host's memory")
     gradient_checkpointing: StrictBool = False
     mix: dict[str, Weight] | None = Field(None, description="weights of named sources of data.train; default: the data's own")
     seed: Whole = Field(0, ge=0, le=2**31 - 1, description="adapter initialisation, dropout and order of the rows")
@@ -305,6 +308,17 @@ def clashes(recipe: Recipe, resources: Resources) -> list[tuple[str, str, str]]:
         found.append(("adapter", "adalora decides on ranks by the gradients of one process, so it trains with workers: 1 and "
                       f"zero_stage: 0, got {resources.workers} and {recipe.zero_stage}.",
                       "Set both so, or use another adapter."))  # fmt: skip
+    if recipe.zero_stage == 3 and recipe.bits < 16:
+        found.append(("zero_stage", f"stage 3 cuts weights into parts, and the scales of {recipe.bits} bits are no weights.",
+                      "Set zero_stage: 2, or bits: 16 or 32."))  # fmt: skip
+    if recipe.offload and not recipe.zero_stage:
+        found.append(("offload", "is DeepSpeed's, and zero_stage is 0.", "Set zero_stage: 1, 2 or 3, or leave offload out."))
+    if recipe.offload and not resources.gpus:
+        found.append(("offload", "moves state from a GPU to the host, and there is no GPU.",
+                      "Leave offload out, or set resources.gpus."))  # fmt: skip
+    if recipe.offload and recipe.optimizer != "adamw":
+        found.append(("offload", f"keeps the state of AdamW on the host, and optimizer is {recipe.optimizer}.",
+                      "Set optimizer: adamw, or leave offload out."))  # fmt: skip
     return found
 
 

@@ -53,6 +53,7 @@ class Run:
     def held(self) -> list[torch.Tensor]:
         """Returns every tensor that exists before the first step: weights, buffers, quantization states."""
         tensors = list(self.inner.parameters()) + list(self.inner.buffers())
+        tensors += [p.ds_tensor for p in self.inner.parameters() if hasattr(p, "ds_tensor")]  # this worker's part, at stage 3
         for parameter in self.inner.parameters():
             state = getattr(parameter, "quant_state", None)
             for part in (state, getattr(state, "state2", None)):
@@ -77,7 +78,7 @@ class Run:
                 [rows.ids[r] for r in chunk], [rows.prompt_lengths[r] for r in chunk], pad=0, device=self.device
             )
             waiting = self.forward.no_sync() if self._distributed and not last else nullcontext()
-            with waiting:
+            with waiting, zero.sparing(self.recipe):
                 with computing(self.recipe.precision, self.device):
                     logits = evaluate.logits_of(self.forward, batch)
                 loss = torch.nn.functional.cross_entropy(
@@ -128,7 +129,8 @@ def scaler_of(recipe: Recipe, device: str, *, start: float = 2.0**16) -> torch.a
 def set_up(job: Job, shape, planned: Plan, world: World, device: str) -> Run:
     """Returns a fresh run: base model loaded, adapter attached, optimizer, and data-parallel wrapping where asked."""
     recipe = job.recipe
-    inner = attach(load_model(recipe, device=device), recipe, shape, steps=planned.steps)
+    # At stage 3 no worker's device may ever hold the whole: tensors go there one by one, and each worker keeps its part.
+    inner = attach(load_model(recipe, device="cpu" if recipe.zero_stage == 3 else device), recipe, shape, steps=planned.steps)
     torch.manual_seed(recipe.seed + world.rank)
     optimizer = optimizers.build(recipe, inner)
     accumulation = math.ceil(planned.batch // world.size / planned.micro)
@@ -137,15 +139,12 @@ def set_up(job: Job, shape, planned: Plan, world: World, device: str) -> Run:
         if not torch.distributed.is_initialized():
             raise wrong("recipe.zero_stage", "ZeRO shares state among workers, and this process is alone.",
                         "Set zero_stage: 0, or resources.workers to 2 or more.")  # fmt: skip
-        import deepspeed
-
         trainable = sum(p.numel() for p in inner.parameters() if p.requires_grad)
         settings = zero.config(
-            recipe, workers=world.size, micro_batch=planned.micro, accumulation=accumulation, trainable=trainable
-        )
-        engine, optimizer, _, _ = deepspeed.initialize(
-            model=inner, optimizer=optimizer, config=settings, dist_init_required=False
-        )
+            recipe, workers=world.size, micro_batch=planned.micro, accumulation=accumulation, trainable=trainable,
+            hidden=shape.hidden, block=shape.linear_parameters // shape.layers, pinned=device == "cuda",
+        )  # fmt: skip
+        engine, optimizer = zero.start(inner, optimizer, settings, device)
         forward = engine
     elif world.size > 1:
         forward = torch.nn.parallel.DistributedDataParallel(inner)

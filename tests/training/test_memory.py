@@ -129,6 +129,17 @@ def test_workers_share_the_batch_and_with_zero_the_state():
     assert saved == sorted(saved, reverse=True) and saved[1] < saved[0]
 
 
+def test_at_stage_3_weights_are_shared_too_and_offload_empties_the_device():
+    def parts(**fields) -> memory.Memory:
+        return memory.predict(Recipe(adapter="full", **fields), describe("embedded"), workers=4)
+
+    two, three = parts(zero_stage=2), parts(zero_stage=3)
+    blocks = 2 * 4 * describe("embedded").linear_parameters / 3  # gathered
+    assert three.weights == pytest.approx(two.weights / 4 + blocks, rel=0.01)
+    assert parts(zero_stage=2, offload=True).adapters < two.adapters and parts(zero_stage=3, offload=True).weights < three.weights
+    assert parts(zero_stage=3, offload=True).weights == pytest.approx(blocks, rel=0.01)
+
+
 def test_a_row_is_never_longer_than_the_recipe_allows():
     assert total(max_length=32, tokens_per_row=500) == total(max_length=32, tokens_per_row=0) == total(tokens_per_row=32)
 

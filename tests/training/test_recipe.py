@@ -18,8 +18,9 @@ BAD = [
     ("rank", 0), ("rank", 4097), ("rank", 1.5), ("alpha", 0), ("alpha", -1), ("dropout", 1), ("dropout", -0.1),
     ("learning_rate", 0), ("learning_rate", 1e5), ("warmup", 1), ("weight_decay", -1), ("clip", 0), ("batch_size", 0),
     ("micro_batch", 0), ("epochs", 0), ("steps", 0), ("tokens", 0), ("max_length", 7), ("seed", -1), ("seed", 2**31),
-    ("bits", 5), ("zero_stage", 3), ("precision", "fp64"), ("schedule", "step"), ("adapter", "qlora"), ("optimizer", "sgd"),
+    ("bits", 5), ("zero_stage", 4), ("precision", "fp64"), ("schedule", "step"), ("adapter", "qlora"), ("optimizer", "sgd"),
     ("model", ""), ("gradient_checkpointing", "yes"), ("gradient_checkpointing", 1),
+    ("offload", 1),
 ]  # fmt: skip
 NUMBERS = ["rank", "alpha", "dropout", "learning_rate", "warmup", "weight_decay", "clip", "batch_size", "micro_batch", "epochs",
            "steps", "tokens", "max_length", "seed"]  # fmt: skip

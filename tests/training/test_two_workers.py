@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 import socket
 from pathlib import Path
 
@@ -13,19 +12,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from training import loop, memory, schedule
-from training.data import prepare, read
-from training.model import describe, load_tokenizer
+from training import checkpoint, evaluate, loop, memory, schedule
+from training.data import prepare, read, sample
+from training.model import describe, load_model, load_tokenizer
 from training.recipe import EvaluationConfig, Job, Limits
 from training.world import World
 
-ZERO = importlib.util.find_spec("deepspeed") is not None and shutil.which("g++") is not None
-needs_zero = pytest.mark.skipif(not ZERO, reason="needs deepspeed and g++, with which it builds an operator")
+ZERO = importlib.util.find_spec("deepspeed") is not None
+needs_zero = pytest.mark.skipif(not ZERO, reason="needs deepspeed")
 
 
 def jobs(make_job) -> dict[str, Job]:
     # Row lengths differ, the batch is cut into forwards of 3 and 1, and the middle report is scored.
-    usual = {"steps": 6, "rank": 64, "batch_size": 8, "micro_batch": 3, "evaluation": EvaluationConfig(reports=2, rows=13)}
+    usual = {"steps": 4, "rank": 64, "batch_size": 8, "micro_batch": 3, "evaluation": EvaluationConfig(reports=2, rows=13)}
     found = {
         "plain": make_job(**usual),
         "four bits": make_job(**usual, bits=4),
@@ -35,10 +34,10 @@ def jobs(make_job) -> dict[str, Job]:
         "diverged": make_job(**(usual | {"steps": 40}), model="embedded", learning_rate=1e3, warmup=0),
     }
     if ZERO:
-        found |= {f"zero {stage}": make_job(**usual, zero_stage=stage) for stage in (1, 2)}
         found |= {"zero 1 lora plus": make_job(**usual, zero_stage=1, lora_plus_ratio=8)}
         found |= {"zero 2 dora": make_job(**usual, zero_stage=2, adapter="dora")}
-        found |= {"zero 2 full": make_job(**usual, zero_stage=2, adapter="full", learning_rate=1e-3)}
+        found |= {"zero 3": make_job(**usual, zero_stage=3)}
+        found |= {"zero 3 full": make_job(**usual, zero_stage=3, adapter="full", learning_rate=1e-3)}
     return found
 
 
@@ -72,7 +71,7 @@ def work(rank: int, port: int, folder: str) -> None:
 
         def report(progress, name=name, wish=wish, counts=counts):
             counts.append(progress.step)
-            return wish if (name == "stopped" or rank == 1) and progress.step >= 3 else None
+            return wish if (name == "stopped" or rank == 1) and progress.step >= 2 else None
 
         job = Job.model_validate(raw)
         found[name] = loop.train(job, report).model_dump(mode="json")
@@ -91,7 +90,7 @@ def free_port() -> int:
 def both(make_job, tmp_path_factory) -> list[dict]:
     """What each of the two workers came to, by job."""
     folder = tmp_path_factory.mktemp("workers")
-    output = {"plain": str(folder / "adapter")}
+    output = {name: str(folder / name) for name in ("plain", "zero 3", "zero 3 full")}
     raw = {name: job.model_dump(mode="json") | {"output": output.get(name)} for name, job in jobs(make_job).items()}
     (folder / "jobs.json").write_text(json.dumps(raw))
     torch.multiprocessing.spawn(work, (free_port(), str(folder)), nprocs=2)
@@ -104,15 +103,16 @@ def alone(make_job):
     done: dict = {}
 
     def outcome(name: str):
-        if name not in done:
-            job = jobs(make_job)[name]
-            done[name] = loop.train(job.model_copy(update={"recipe": job.recipe.model_copy(update={"zero_stage": 0})}))
-        return done[name]
+        job = jobs(make_job)[name]
+        recipe = job.recipe.model_copy(update={"zero_stage": 0})
+        if (said := recipe.model_dump_json()) not in done:
+            done[said] = loop.train(job.model_copy(update={"recipe": recipe}))
+        return done[said]
 
     return outcome
 
 
-ZEROS = ("zero 1", "zero 2", "zero 1 lora plus", "zero 2 dora", "zero 2 full")
+ZEROS = ("zero 1 lora plus", "zero 2 dora", "zero 3", "zero 3 full")
 CASES = ["plain", "four bits", "full", *(pytest.param(name, marks=needs_zero) for name in ZEROS)]
 
 
@@ -125,7 +125,7 @@ def test_two_workers_come_to_what_one_comes_to(both, alone, name):
         assert found["conditions"]["workers"] == 2 and found["conditions"]["micro_batch"] == 3
         assert found["conditions"]["right"] == one.conditions["right"]  # row by row, in the rows' own order
         assert found["trainable"] == one.trainable
-        assert found["reports"][-1] == 6
+        assert found["reports"][-1] == 4
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -144,11 +144,23 @@ def test_only_the_main_worker_writes_the_adapter(both):
     assert both[0]["plain"]["checkpoint"] is not None and both[1]["plain"]["checkpoint"] is None
 
 
+@needs_zero
+@pytest.mark.parametrize("name", ["zero 3", "zero 3 full"])
+def test_what_stage_3_cut_into_parts_is_written_whole(both, make_job, name):
+    job, found = jobs(make_job)[name], both[0][name]
+    model = checkpoint.load_adapter(load_model(job.recipe), found["checkpoint"])
+    prepared = prepare(read(job.data), job.data, load_tokenizer(job.recipe), job.recipe.max_length)
+    held_out = sample(prepared.validation, job.evaluation.rows, seed=0)
+    nll, tokens, _ = evaluate.response_scores(model, held_out.ids, held_out.prompt_lengths, batch_size=8)
+    assert sum(nll) / sum(tokens) == pytest.approx(found["loss"], abs=1e-4)
+    assert both[1][name]["checkpoint"] is None
+
+
 def test_the_main_worker_decides_when_to_stop_for_all(both):
     for worker in both:
         found = worker["stopped"]
         assert (found["ended"], found["reason"], found["share"]) == ("stopped", "by the main worker", 0.5)
-        assert found["reports"][-1] == 3
+        assert found["reports"][-1] == 2
 
 
 def test_limits_and_divergence_end_all_workers_alike(both):
