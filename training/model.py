@@ -1,7 +1,7 @@
 """The base model: where it is, what shape it has, and how it is loaded.
 
-Owns: `describe` (names and shapes from the safetensors headers alone, without torch), `load_model`, `load_tokenizer`, the
-quantization settings. Must not know: adapters, data, studies.
+Owns: `describe` (names and shapes from the safetensors headers alone, without torch), `modules` (its linear layers for people to
+read), `load_model`, `load_tokenizer`, the quantization settings. Must not know: adapters, data, studies.
 
 Weights are read only from safetensors and no code comes with a model (`trust_remote_code` stays off).
 """
@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from training.errors import wrong
+from training.families import CAUSAL, family_of
 from training.recipe import Recipe
 
 EMBEDDED = Path(__file__).parent / "embedded" / "model"
 OUTPUT_HEADS = ("lm_head", "embed_out", "output")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query_key_value", "c_attn", "query", "key", "value")
-ATTENTION_PARENTS = ("attn", "attention", "self_attn", "self_attention")  # of projections called c_proj or dense
+ATTENTION_PARENTS = ("attn", "attention", "self_attn", "self_attention", "SelfAttention", "EncDecAttention")  # of dense, q
+POSITIONS = ("relative_attention_bias", "position_embeddings", "embed_positions")  # matrices in a block that are no linear layers
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # a recipe's precision -> torch's name
 HEADER_LIMIT = 100_000_000  # bytes; the safetensors format's own limit
 
@@ -37,11 +40,11 @@ class Shape:
 
     @property
     def layers(self) -> int:
-        return int(self.config.get("num_hidden_layers") or self.config.get("n_layer") or 1)
+        return int(self.config.get("num_hidden_layers") or self.config.get("n_layer") or self.config.get("num_layers") or 1)
 
     @property
     def hidden(self) -> int:
-        return int(self.config.get("hidden_size") or self.config.get("n_embd") or 0)
+        return int(self.config.get("hidden_size") or self.config.get("n_embd") or self.config.get("d_model") or 0)
 
     @property
     def vocabulary(self) -> int:
@@ -51,6 +54,26 @@ class Shape:
     def leaves(self) -> list[str]:
         """The distinct last parts of the linear modules' names, as users write them."""
         return sorted({name.rsplit(".", 1)[-1] for name in self.linear})
+
+
+@dataclass(frozen=True)
+class Module:
+    """Equal linear layers of all blocks: their name with `*` for the block's number, outputs, inputs, and how many there are."""
+
+    name: str
+    attention: bool
+    out: int
+    width: int
+    count: int
+
+    @property
+    def rank(self) -> int:
+        """The largest useful rank: two factors of a higher one make no other matrices (Hu et al. 2021, section 4)."""
+        return min(self.out, self.width)
+
+    @property
+    def weights(self) -> int:
+        return self.out * self.width * self.count
 
 
 def where_is(model: str) -> Path | str:
@@ -65,20 +88,34 @@ def where_is(model: str) -> Path | str:
 
 @lru_cache(maxsize=16)
 def describe(model: str, revision: str | None = None) -> Shape:
-    """Returns the shape of a model from its configuration and safetensors headers; reads no weights.
+    """Returns the shape of a causal language model from its configuration and safetensors headers; reads no weights.
 
     Raises:
         InputError: no such model, no causal language model, no safetensors weights, or code that comes with the model.
+    """
+    shape = detect(model, revision)
+    names = shape.config.get("architectures") or []
+    if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+        family, kind = family_of(shape.config)
+        known = f" ({family}, {kind})" if kind != CAUSAL else ""
+        raise wrong(
+            "recipe.model",
+            f"{model} is no causal language model{known}, its architectures are {names}.",
+            "Name a ...ForCausalLM model.",
+        )
+    return shape
+
+
+def detect(model: str, revision: str | None = None) -> Shape:
+    """Returns the shape of any transformers model, also of one that cannot be trained here (T5, BERT); reads no weights.
+
+    Raises:
+        InputError: no such model, no safetensors weights, or code that comes with the model.
     """
     place = where_is(model)
     config, tensors = _read_folder(place) if isinstance(place, Path) else _read_hub(place, revision)
     if "auto_map" in config:
         raise wrong("recipe.model", f"{model} needs code of its own, which is never run.", "Use a model that transformers knows.")
-    names = config.get("architectures") or []
-    if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
-        raise wrong(
-            "recipe.model", f"{model} is no causal language model, its architectures are {names}.", "Name a ...ForCausalLM model."
-        )
     linear = _linear(tensors, conv1d=config.get("model_type") in ("gpt2", "openai-gpt"))
     return Shape(config, linear, sum(math.prod(s) for s in tensors.values()), sum(a * b for a, b in linear.values()))
 
@@ -156,7 +193,7 @@ def _linear(tensors: dict[str, tuple[int, ...]], *, conv1d: bool) -> dict[str, t
         module = name.removesuffix(".weight")
         leaf = module.rsplit(".", 1)[-1]
         numbered = any(part.isdigit() for part in module.split("."))  # embeddings and heads stand outside the layers
-        if name.endswith(".weight") and len(shape) == 2 and numbered and leaf not in OUTPUT_HEADS:
+        if name.endswith(".weight") and len(shape) == 2 and numbered and leaf not in (*OUTPUT_HEADS, *POSITIONS):
             found[module] = (shape[1], shape[0]) if conv1d else (shape[0], shape[1])
     return found
 
@@ -164,7 +201,7 @@ def _linear(tensors: dict[str, tuple[int, ...]], *, conv1d: bool) -> dict[str, t
 def is_attention(module: str) -> bool:
     """Says whether a linear module belongs to attention, by its own name or its parent's."""
     *parents, leaf = module.split(".")
-    return leaf in ATTENTION or (bool(parents) and parents[-1] in ATTENTION_PARENTS)
+    return leaf in ATTENTION or any(parent in ATTENTION_PARENTS for parent in parents[-2:])  # BERT: attention.output.dense
 
 
 def match(targets: str | tuple[str, ...], shape: Shape) -> dict[str, tuple[int, int]]:
@@ -189,6 +226,16 @@ def match(targets: str | tuple[str, ...], shape: Shape) -> dict[str, tuple[int, 
                         f"There are: all-linear, attention, mlp, {', '.join(shape.leaves)}.")  # fmt: skip
         chosen |= hits
     return chosen
+
+
+def modules(shape: Shape) -> list[Module]:
+    """Returns the linear layers that adapters can stand on, equal ones of all blocks together, attention first."""
+    counted: dict[tuple, int] = {}
+    for name, (out, width) in shape.linear.items():
+        key = re.sub(r"\.\d+\.", ".*.", name), is_attention(name), out, width
+        counted[key] = counted.get(key, 0) + 1
+    found = [Module(*key, count) for key, count in counted.items()]
+    return sorted(found, key=lambda module: not module.attention)
 
 
 def device_of(resources) -> str:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import pytest
 import transformers
+from contracts import command, one_object
 
 from training import loop, merge
 from training.adapters import attach
-from training.model import describe, load_model, match
+from training.errors import InputError
+from training.model import describe, detect, load_model, match, modules
 from training.recipe import EvaluationConfig, Recipe
 
 QKVO = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -90,3 +92,38 @@ def test_it_learns_and_merges(family, fields, make_job, tmp_path):
     assert outcome.ended == "complete" and losses[-1] < losses[0]
     found = merge.merge(job.recipe.model_dump(mode="json"), outcome.checkpoint, str(tmp_path / "m"), prompts=["One two three"])
     assert all(found["checks"][name]["difference"] < 1e-4 for name in ("merge", "trained", "stored"))
+
+
+OTHERS = {
+    "t5": ("T5ForConditionalGeneration", "T5Config", {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
+           "T5, encoder and decoder", {"q", "k", "v", "o"}, {"wi", "wo"}),
+    "bert": ("BertForMaskedLM", "BertConfig",
+             {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}, "BERT, encoder",
+             {"query", "key", "value", "attention.output.dense"}, {"intermediate.dense", "output.dense"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_model_that_is_not_causal_is_known_with_its_layers_and_refused(name, special, tmp_path, capsys):
+    kind, config, options, said, attention, mlp = OTHERS[name]
+    model = getattr(transformers, kind)(getattr(transformers, config)(**options, **special))
+    model.save_pretrained(tmp_path)
+    shape = detect(str(tmp_path))
+    linear = {n for n, module in model.named_modules() if type(module).__name__ == "Linear" and any(c.isdigit() for c in n)}
+    assert set(shape.linear) == linear  # as torch has them: no embeddings, position biases, heads
+    found = {True: set(), False: set()}
+    for module in modules(shape):
+        found[module.attention] |= leaves([module.name], attention if module.attention else mlp)
+    assert found == {True: attention, False: mlp}
+    assert sum(module.weights for module in modules(shape)) == shape.linear_parameters
+    with pytest.raises(InputError, match=f"no causal language model \\({said}\\)"):
+        describe(str(tmp_path))
+    code, out, _ = command(capsys, "doctor", "--model", str(tmp_path), "--json")
+    assert (code, one_object(out)["family"]) == (0, said.split(",")[0])
+
+
+def test_the_largest_useful_rank_of_a_layer_is_its_narrower_side(capsys):
+    code, out, _ = command(capsys, "doctor", "--model", "embedded")
+    assert code == 0 and "Llama, causal: 795,520 parameters, 3 layers" in out
+    rows = {module.name.rsplit(".", 1)[-1]: module for module in modules(describe("embedded"))}
+    assert (rows["k_proj"].rank, rows["down_proj"].rank, rows["down_proj"].count) == (64, 128, 3)
