@@ -15,7 +15,7 @@ from pathlib import Path
 from hpo import check, spec
 from hpo.errors import InputError, Problem, SpecError
 from training import data as training_data
-from training import tasks
+from training import recommend, tasks
 from training.model import Shape, describe, load_tokenizer, match
 from training.recipe import Clean, DataConfig, Recipe
 
@@ -23,7 +23,6 @@ NAMED = (training_data.HUB, training_data.EMBEDDED)  # what is no path
 FEW_LABELS = 50  # a label column with at most so many values, each seen several times, is a classification task
 SAMPLED = 20_000  # rows whose tokens are counted
 HEADROOM = 0.9  # of a GPU's memory
-SMALL = 50_000_000  # parameters; below this a trial takes seconds to minutes on a CPU core
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,15 @@ def draft(file: str, model: str, *, name: str | None = None, folder: Path | None
         f"tokens per row: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}; max_length {max_length}",
         *rows.notes,
     ]
-    lines = _lines(_name(name or Path(file).stem), file, model, folder, config, shape, max_length, gpus, tokenizer, rows)
+    advised = recommend.recommend(
+        shape, config.task, rows=len(rows.train), tokens_per_row=max_length, device="cuda" if gpus else "cpu",
+        capacity=_gpu_memory() if gpus else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    )  # fmt: skip
+    all_advice = advised.advice | {"space": advised.space}
+    notes += [f"{name}: {advice.value}, because {advice.why}" for name, advice in all_advice.items()]
+    if advised.memory is None:
+        notes.append(f"this is not predicted to fit into {recommend.FRACTION:.0%} of the memory")
+    lines = _lines(_name(name or Path(file).stem), file, model, folder, config, shape, advised, gpus, tokenizer, rows)
     text = "\n".join(lines) + "\n"
     loaded = spec.build(spec.parse(text), folder)
     findings = check.inspect(loaded)
@@ -105,7 +112,7 @@ def guess(file: str, clean: Clean | None = None) -> tuple[DataConfig, list[str]]
     raise SpecError(*dict.fromkeys(wrong))
 
 
-def _lines(name, file, model, folder, config, shape: Shape, max_length, gpus, tokenizer, rows) -> list[str]:
+def _lines(name, file, model, folder, config, shape: Shape, advised, gpus, tokenizer, rows) -> list[str]:
     data = file if file.startswith(NAMED) else os.path.relpath(Path(file).resolve(), folder)
     model_path = os.path.relpath(Path(model).resolve(), folder) if Path(model).is_dir() else model
     if model_path != model and not model_path.startswith("."):
@@ -127,10 +134,10 @@ def _lines(name, file, model, folder, config, shape: Shape, max_length, gpus, to
     lines += [
         "recipe:",
         f"  model: {_quoted(model_path)}",
-        f"  max_length: {max_length}",
-        f"  precision: {'bf16' if gpus else 'fp32'}",
+        *(f"  {f'{name}: {_written(advice.value)}':28} # {advice.why}" for name, advice in advised.advice.items()),
+        f"# {advised.space.why}",
     ]
-    lines += _space(shape, gpus)
+    lines += _space(advised.space.value, shape)
     lines += ["objectives: [accuracy, seconds, peak_bytes]", "algorithm: bayes"]
     if gpus:
         memory = _gpu_memory()
@@ -140,6 +147,14 @@ def _lines(name, file, model, folder, config, shape: Shape, max_length, gpus, to
     else:
         lines += ["budget: {trials: 20}", "resources: {workers: 1, cpus: 1}"]
     return lines
+
+
+def _written(value: object) -> str:
+    """Returns a value as YAML reads it back: 2e-05 without a point would be text."""
+    if isinstance(value, float):
+        mantissa, _, exponent = repr(value).partition("e")
+        return f"{mantissa if '.' in mantissa else mantissa + '.0'}{'e' + exponent if exponent else ''}"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _quoted(text: str) -> str:
@@ -152,11 +167,11 @@ def _default_template(config: DataConfig, rows) -> str:
     return template if any(row.get("input") for row in rows.train) else template.replace("{input}\n", "")
 
 
-def _space(shape: Shape, gpus: int) -> list[str]:
+def _space(name: str, shape: Shape) -> list[str]:
     """Returns the space of the study: a bundled one, or one written out where the model is too narrow for its ranks."""
-    small = shape.parameters < SMALL
-    name = "tiny" if small and not gpus else "qlora" if gpus else "tiny"
     bundled = spec.parse(spec.bundled("spaces")[name].read_text())
+    if "rank" not in bundled:
+        return [f"space: {name}"]
     narrow = min(min(size) for size in match("all-linear", shape).values())
     ranks = [rank for rank in bundled["rank"]["values"] if rank <= narrow]
     if len(ranks) == len(bundled["rank"]["values"]):
