@@ -21,7 +21,7 @@ from hpo.errors import InputError, Problem, SpecError
 from hpo.space import Params, value_of
 from hpo.spec import Loaded, Spec
 from training import data as training_data
-from training import memory, retention
+from training import memory, pace, retention
 from training.data import Rows, Tokenized
 from training.model import Shape, describe, load_tokenizer, match
 from training.recipe import Recipe, clashes
@@ -41,6 +41,7 @@ class Findings:
     longest: dict[str, int] = field(default_factory=dict)  # tokens of the longest training row, by model
     rows: Rows | None = None
     tokens_per_row: int = 0
+    trained: pace.Rows | None = None
     cut: int = 0
     memory: memory.Memory | None = None
     smallest: int | None = None
@@ -302,6 +303,7 @@ def _predict(spec: Spec, shapes: dict[str, Shape], rows: Rows, tokenized: Tokeni
         notes.append(f"{tokenized.dropped} training rows are longer than recipe.max_length and left out")
     return Findings(
         spec=spec, shape=shape, shapes=shapes, longest=lengths, rows=rows, tokens_per_row=longest, cut=tokenized.cut,
+        trained=pace.Rows(len(tokenized), int(tokenized.lengths().sum())),
         memory=memory.predict(
             spec.recipe,
             shape,

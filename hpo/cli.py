@@ -73,16 +73,22 @@ def init(
 
 
 @app.command()
-def check(source: Source, sets: Sets = None, as_json: Json = False):
+def check(
+    source: Source,
+    sets: Sets = None,
+    probe: Annotated[bool, typer.Option("--probe", help="time a few steps here, and predict seconds and cost")] = False,
+    as_json: Json = False,
+):
     """Say what would run: size of the space, trials, predicted memory, what does not fit. Starts and writes nothing."""
-    from hpo import show
+    from hpo import forecast, show
     from hpo.check import load
 
     _, findings = load(source, sets or ())
+    found = forecast.probe(findings) if probe else None
     if as_json:
-        print_json(show.check_record(findings))
+        print_json(show.check_record(findings) | ({"predicted_seconds": show.prediction_record(found)} if found else {}))
     else:
-        console().print(show.check_text(findings))
+        console().print(show.check_text(findings), *([show.prediction_text(found)] if found else []))
 
 
 @app.command()
@@ -266,11 +272,23 @@ def schema(
 
 
 @app.command()
-def doctor(as_json: Json = False):
-    """Say what this machine has and what will not work on it."""
+def doctor(
+    model: Annotated[str | None, typer.Option(help="show the linear layers of a model: `embedded`, a folder or an id")] = None,
+    as_json: Json = False,
+):
+    """Say what this machine has and what will not work on it; or which layers of a model adapters can stand on."""
     from hpo import show
     from hpo.doctor import examine
 
+    if model is not None:
+        from training.model import detect
+
+        shape = detect(model)
+        if as_json:
+            print_json(show.model_record(shape))
+        else:
+            console().print(show.model_text(shape))
+        return
     findings = examine()
     if as_json:
         print_json({f.name: {"ok": f.ok, "found": f.found, "remedy": f.remedy} for f in findings})

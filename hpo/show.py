@@ -17,6 +17,7 @@ from hpo.space import value_of
 
 if TYPE_CHECKING:
     from hpo.check import Findings
+    from hpo.forecast import Prediction
     from hpo.growth import Forecast
     from hpo.replay import Replay
     from hpo.study import Status, Study
@@ -97,6 +98,24 @@ def check_record(findings: Findings) -> dict[str, Any]:
             {"defaults": memory.total, "smallest": findings.smallest, "largest": findings.largest} if memory else None,
         "refused_share": findings.refused, "notes": list(findings.notes),
     }  # fmt: skip
+
+
+def prediction_record(forecast: Prediction) -> dict[str, Any]:
+    """Returns predicted seconds as plain values: of a trial and of the study with their error, and what the study costs."""
+    return {
+        "trial": forecast.trial.seconds, "least": forecast.least, "most": forecast.most, "study": forecast.study.seconds,
+        "error": forecast.trial.error, "cost": forecast.cost, "probes": forecast.runs,
+    }  # fmt: skip
+
+
+def prediction_text(forecast: Prediction) -> str:
+    """Returns predicted seconds in two sentences."""
+    trial, study = forecast.trial, forecast.study
+    cost = f", which cost {forecast.cost:,.2f}" if forecast.cost is not None else ""
+    return (f"Training steps of a trial are predicted to take {number(trial.seconds, 's')} on average "
+            f"({number(forecast.least, 's')} to {number(forecast.most, 's')} over the space), give or take {trial.error:.0%}.\n"
+            f"Those of the study: {number(study.seconds, 's')} ({number(study.low, 's')} to {number(study.high, 's')}){cost}; "
+            f"from {forecast.runs} short runs here.")  # fmt: skip
 
 
 # a study
@@ -303,6 +322,31 @@ def doctor_text(findings: list):
         mark = "[green]ok[/green]" if finding.ok else "[red]no[/red]" if finding.needed else "[yellow]--[/yellow]"
         table.add_row(mark, finding.name, escape(finding.found), "" if finding.ok else escape(finding.remedy))
     return table
+
+
+def model_record(shape) -> dict[str, Any]:
+    """Returns what `hpo doctor --model` prints as JSON: the family, sizes, and every kind of linear layer."""
+    from training.families import family_of
+    from training.model import modules
+
+    family, kind = family_of(shape.config)
+    rows = [{"name": m.name, "part": "attention" if m.attention else "mlp", "in": m.width, "out": m.out, "largest_rank": m.rank,
+             "weights": m.weights, "count": m.count} for m in modules(shape)]  # fmt: skip
+    return {"family": family, "kind": kind, "parameters": shape.parameters, "layers": shape.layers, "modules": rows}
+
+
+def model_text(shape):
+    """Returns a model's linear layers as a table."""
+    from rich.console import Group
+    from rich.table import Table
+
+    found = model_record(shape)
+    table = Table("layer", "part", "in", "out", "largest rank", "weights", "layers", box=None, pad_edge=False)
+    for row in found["modules"]:
+        table.add_row(row["name"], row["part"], *(f"{row[name]:,}" for name in ("in", "out", "largest_rank", "weights", "count")))
+    head = f"{found['family']}, {found['kind']}: {found['parameters']:,} parameters, {found['layers']} layers"
+    said = "" if found["kind"] == "causal" else "\nNo causal language model: its layers are found, but it cannot be trained here."
+    return Group(head + said, table)
 
 
 # progress

@@ -22,6 +22,7 @@ from hpo import spec as specs
 from hpo.certificate import Certificate
 from hpo.endpoint import Endpoint
 from hpo.errors import InputError, NotFound, Problem, SpecError, StoreError, StudyChanged
+from hpo.forecast import Left
 from hpo.growth import Forecast
 from hpo.model import Model
 from hpo.pareto import front
@@ -463,7 +464,7 @@ def start(
 def _run(
     loaded: Loaded, findings: check.Findings, train: Train | None, on_status: OnStatus, began: Callable[[Study], None]
 ) -> Study:
-    tell, since = _teller(on_status), time.monotonic()
+    tell = _teller(on_status)
     tell(trials=loaded.spec.budget.trials, phase="starting")
     digest = findings.rows.digest if findings.rows else ""
     if (study := _finished(loaded, digest)) is not None:
@@ -477,13 +478,13 @@ def _run(
         _keep_quality(record.spec.model_copy(update={"data": loaded.spec.data}), digest)
         with store.hold(record.id) as holder:
             search = Search(store, record, holder, shape=findings.shapes, tokens_per_row=findings.longest)
-            study._search = search
+            study._search, left = search, Left(record.spec, findings.shape, findings.trained)
             _advise(store, record)
             began(study)
             tell(phase="training", trials=record.spec.budget.trials)
             with _signals_end(search):
                 try:
-                    backend.search(search, data, lambda search: tell(**_progress(search, since)))
+                    backend.search(search, data, lambda search: tell(**_progress(search, left)))
                 finally:
                     search.close()
                 if search.stopping is None or not search._resume:
@@ -692,11 +693,8 @@ def _loop() -> Train:
     return train
 
 
-def _progress(search: Search, since: float) -> dict[str, Any]:
+def _progress(search: Search, left: Left) -> dict[str, Any]:
     trials, spec = search.trials, search.spec
-    done = [t for t in trials if t.attempts and t.final and (t.started or 0) > time.time() - (time.monotonic() - since)]
-    remaining = spec.budget.trials - search.finished
-    elapsed = time.monotonic() - since
     members = front(trials, spec.targets)
     states: dict[str, int] = {}
     for trial in trials:
@@ -705,7 +703,7 @@ def _progress(search: Search, since: float) -> dict[str, Any]:
         "phase": "training", "trials": spec.budget.trials, "finished": search.finished, "states": states,
         "running": dict(search.shares), "front": len(members),
         "best": spec.targets[0].of(members[0].outcome) if members else None,
-        "left": elapsed / len(done) * remaining if done else None,
+        "left": left.seconds(trials, search.shares, spec.budget.trials - search.finished),
     }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ LAYERS = (
     # What a run is made of.
     ("check", "local", "simulator", "replay", "tune", "evidence", "certify", "figures", "report", "promote", "endpoint",
      "comparison", "report_comparison"),
-    ("dialects", "exports"),  # other programs' files
+    ("forecast", "dialects", "exports"),  # how long that takes; other programs' files
     ("study", "draft", "adopt", "doctor"),  # the facade, and what helps to begin
     ("show", "show_models", "terminal", "cli_models", "cli_data", "cli_steer", "cli", "__init__", "__main__"),  # doors
 )
@@ -39,7 +39,7 @@ ONLY = {
     "typer": {"hpo/cli.py", "hpo/cli_models.py", "hpo/cli_data.py", "hpo/cli_steer.py", "hpo/terminal.py"},
     "bitsandbytes": {"hpo/doctor.py", "training/model.py", "training/optimizers.py", "training/merge.py"},
     "peft": {"training/adapters.py", "training/checkpoint.py", "training/merge.py"},
-    "deepspeed": {"training/run.py", "training/shards.py", "training/workers.py"},
+    "deepspeed": {"training/optimizers.py", "training/shards.py", "training/zero.py"},
     "gguf": {"training/gguf.py"},
     "lm_eval": {"training/harness.py"},
     "rouge_score": {"training/metrics.py"},

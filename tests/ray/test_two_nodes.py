@@ -66,7 +66,7 @@ def test_workers_on_two_nodes_come_to_what_one_comes_to(short):
 
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, __file__, str(short / "two")], env=environment, capture_output=True, text=True,
-                          timeout=300, check=False)  # fmt: skip
+                          timeout=500, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["ended"] == "complete" and found["conditions"]["workers"] == 2
