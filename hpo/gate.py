@@ -21,6 +21,7 @@ from training.recipe import Limits, Recipe, Resources, clashes
 FREE = {"rank", "alpha", "dropout", "learning_rate", "lora_plus_ratio", "schedule", "warmup", "weight_decay", "clip", "seed",
         "epochs", "steps", "tokens", "micro_batch", "revision"}  # fmt: skip
 SEEN = 0.1  # share of its length that a trial must have done to say how long the whole takes
+TRUST = 1.25  # an underestimate beyond that says more about one trial than about all
 SLACK = 0.1  # a prediction from other trials may be wrong by that much; only what is beyond it is refused
 
 
@@ -34,14 +35,18 @@ class Verdict:
     seconds: float | None = None
 
 
-def wall(limit: int | None, ran_out: Sequence[int]) -> int | None:
-    """Returns the predicted bytes that a recipe may have: those of the limit, and fewer than any that ran out all the same.
+def wall(limit: int | None, ran_out: Sequence[int], measured: Sequence[tuple[int, int]] = ()) -> int | None:
+    """Returns the predicted bytes that a recipe may have, by the limit and by how predictions came out in this study.
+
+    The limit is lowered by the worst underestimate seen (at most by TRUST), and below any prediction that ran out all the same.
 
     Args:
         ran_out: predicted for the trials that were launched and ran out of memory or over the limit.
+        measured: (predicted, measured) of trials that came to an end.
     """
-    lowest = min(ran_out, default=None)
-    return limit if lowest is None or (limit is not None and lowest > limit) else lowest - 1
+    worst = min(max((m / p for p, m in measured if p), default=1.0), TRUST)
+    allowed = [int(limit / max(worst, 1.0))] if limit is not None else []
+    return min(allowed + [p - 1 for p in ran_out], default=None)
 
 
 def seconds_of(recipe: Recipe, history: Sequence[Trial]) -> float | None:

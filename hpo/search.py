@@ -61,6 +61,7 @@ class Search:
         self._resume = False
         self.interrupted = False  # set from a signal handler, which may do no more than that
         self.closed = False
+        self._sizes: dict[int, int | None] = {}  # predicted bytes of the trials
         self._seconds: dict[int, float] = {}  # of the running trials, as they reported them
         self.shares: dict[int, float] = {}  # of the running trials: how much of its own length each has done
         self._shape, self._tokens_per_row, self._clock = shape or None, tokens_per_row, clock
@@ -280,12 +281,20 @@ class Search:
             self._finish(with_state(trial, "cancelled", None, reason))
         return reason is not None
 
+    def _predicted(self, trial: Trial) -> int | None:
+        if trial.number not in self._sizes:
+            shape, longest = self._known(trial.recipe)
+            self._sizes[trial.number] = gate.predict(trial.recipe, shape, self.spec.resources, longest) if shape else None
+        return self._sizes[trial.number]
+
     def _gate(self, params: Params, recipe: Recipe) -> gate.Verdict:
         seen, limits = self._visible(), self.spec.limits
         if self._shape is not None:
-            ran_out = [t.recipe for t in seen if t.attempts and t.state == "infeasible" and _out_of_memory(t, limits)]
-            sizes = [gate.predict(r, shape, self.spec.resources, longest) for r in ran_out for shape, longest in [self._known(r)]]
-            limits = limits.model_copy(update={"peak_bytes": gate.wall(limits.peak_bytes, [s for s in sizes if s is not None])})
+            ran_out = [self._predicted(t) for t in seen if t.attempts and t.state == "infeasible" and _out_of_memory(t, limits)]
+            ended = [t for t in seen if t.attempts and t.state in ("complete", "stopped") and t.outcome.peak_bytes]
+            measured = [(size, t.outcome.peak_bytes) for t in ended if (size := self._predicted(t)) is not None]
+            most = gate.wall(limits.peak_bytes, [size for size in ran_out if size is not None], measured)
+            limits = limits.model_copy(update={"peak_bytes": most})
         shape, longest = self._known(recipe)
         verdict = gate.judge(recipe, shape, limits, self.spec.resources, longest)
         seconds, refusal = gate.too_long(verdict.recipe, self.spec.seconds_limit, seen)

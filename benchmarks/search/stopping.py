@@ -14,7 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from benchmarks.search import curves, race, wall
+from benchmarks.search import curves, race, scale, wall
 from benchmarks.search.curves import Curves
 from hpo.growth import finished_in_order
 from hpo.objectives import losses
@@ -45,7 +45,7 @@ def measure(quick: bool, storage: Path) -> dict[str, Any]:
                     file.write(json.dumps(known[name, seed]) + "\n")
                     file.flush()
     runs = [known[name, seed] for name in names for seed in range(seeds)]
-    return _figures(names, runs) | wall.measure(quick, storage)
+    return _figures(names, runs) | wall.measure(quick, storage) | scale.measure(quick, storage)
 
 
 def _rules(problem: Curves, seed: int) -> dict[str, Any]:

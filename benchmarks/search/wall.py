@@ -94,16 +94,19 @@ def _ours(seed: int, trials: int, *, gated: bool) -> float:
         return int(peak(recipe) * (1 + Random(f"{seed}:{recipe.model_dump_json()}").uniform(-ERROR, ERROR)))
 
     ran_out: list[int] = []
+    measured: list[tuple[int, int]] = []
 
     def judge(params, recipe: Recipe) -> Verdict:
         seen = predicted(recipe)
-        over = gated and seen > gate.wall(int(LIMIT), ran_out)
+        over = gated and seen > gate.wall(int(LIMIT), ran_out, measured)
         return Verdict(recipe, seen if gated else None, f"{seen:,} bytes predicted" if over else None)
 
     def course(trial: Trial) -> Course:
         found = outcome(trial.recipe, seed)
         if found.ended == "infeasible":
             ran_out.append(predicted(trial.recipe))
+        else:
+            measured.append((predicted(trial.recipe), found.peak_bytes))
         return Course([], found)
 
     made = simulate(spec, course, judge=judge)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpo import gate
 from hpo.gate import judge
 from training import memory
 from training.model import describe
@@ -80,3 +81,13 @@ def test_a_verdict_is_within_the_limit_or_a_refusal_and_no_larger_halving_would_
     if verdict.refusal is None and micro is not None:
         before = [m for m in range(1, batch // workers + 1) if (m + 1) // 2 == micro and m > micro]
         assert any(predicted(recipe.model_copy(update={"micro_batch": m}), workers, tokens) > limit for m in before)
+
+
+def test_the_wall_is_lowered_by_the_worst_underestimate_and_below_what_ran_out_all_the_same():
+    assert gate.wall(1000, []) == 1000
+    assert gate.wall(None, []) is None
+    assert gate.wall(1000, [], [(100, 90), (200, 210), (300, 300)]) == 952
+    assert gate.wall(1000, [], [(100, 90)]) == 1000, "an overestimate costs nothing"
+    assert gate.wall(1000, [], [(100, 900)]) == 800, "one that is far off says little about the others"
+    assert gate.wall(1000, [990, 970]) == 969
+    assert gate.wall(None, [500]) == 499
