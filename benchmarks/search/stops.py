@@ -25,6 +25,7 @@ KINDS = {"two workers": (20, {"workers": 2, "cpus": 1}), "lightest": (200, {"wor
 QUICK = 2
 PATIENCE = 120.0  # seconds per stop after which a study counts as hanging
 LOOK = 0.1
+CLEANED = 60.0  # seconds after which a cleaner counts as left
 
 
 def trial(job, report):
@@ -96,21 +97,29 @@ class _Watch:
 
     def ended(self) -> dict[str, Any]:
         """Returns what was seen, a moment after the study ended."""
-        import psutil
         import ray
         from ray.util import placement_group_table
 
-        time.sleep(5)
+        ended = time.monotonic()
+        while (left := _cleaners()) and time.monotonic() < ended + CLEANED:
+            time.sleep(LOOK)
+        gone = None if left else round(time.monotonic() - ended, 1)
         self._over.set()
         self._thread.join()
         back = []
         for at in self.decided.values():
             mine = max((t for t in self.seen.values() if t[0] <= at), key=lambda t: t[0], default=None)
             back.append(round(mine[1] - at, 2) if mine and mine[1] is not None else None)
-        left = [p.name() for p in psutil.Process().children(recursive=True) if "cleaner" in p.name().lower()]
         groups = [g["state"] for g in placement_group_table().values() if g["state"] != "REMOVED"]
         free = ray.available_resources().get("CPU", 0) == ray.cluster_resources()["CPU"]
-        return {"back": back, "groups_left": len(groups), "cleaners_left": len(left), "all_free": free}
+        return {"back": back, "groups_left": len(groups), "cleaners_left": left, "cleaners_gone_seconds": gone,
+                "all_free": free}  # fmt: skip
+
+
+def _cleaners() -> int:
+    import psutil
+
+    return sum("cleaner" in process.name().lower() for process in psutil.Process().children(recursive=True))
 
 
 def measure(quick: bool, storage: Path) -> dict[str, Any]:
@@ -150,7 +159,8 @@ def _summary(found: dict[str, Any] | None, stops: int) -> dict[str, Any]:
         "back_seconds_median": back[len(back) // 2] if back else None,
         "back_seconds_p95": back[max(0, -(-95 * len(back) // 100) - 1)] if back else None,
         "never_back": found["back"].count(None),
-        "groups_left": found["groups_left"], "cleaners_left": found["cleaners_left"], "all_free": found["all_free"],
+        "groups_left": found["groups_left"], "cleaners_left": found["cleaners_left"],
+        "cleaners_gone_seconds": found["cleaners_gone_seconds"], "all_free": found["all_free"],
         "seconds_per_trial": found["seconds_per_trial"],
     }  # fmt: skip
 
