@@ -14,9 +14,9 @@ from typing import Any
 
 from hpo import dialects, spec
 from hpo.dialects import Foreign
-from hpo.draft import SMALL
 from hpo.errors import InputError, Problem
 from training.model import describe
+from training.recommend import SMALL
 
 NOWHERE = "path/to/rows.jsonl"
 PROGRAMS = {"axolotl": "Axolotl", "llamafactory": "LLaMA-Factory", "trl": "TRL"}
