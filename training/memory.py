@@ -10,11 +10,13 @@ is counted for such a model; for other blocks it is an estimate.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from training.adapters import start_rank
 from training.model import Shape, is_attention, match
 from training.recipe import Recipe
+from training.schedule import Load
 from training.zero import BUCKET
 
 BYTES = {32: 4.0, 16: 2.0, 8: 1.0, 4: 0.5}  # of one weight of a linear layer
@@ -26,6 +28,7 @@ INDICES = 3 * 8  # input ids, mask and positions of a token, int64
 ALLOCATOR = 3  # AdaLoRA's scores of every element: its importance, the mean of that, and of its deviation
 # bitsandbytes: moments in 8 bits of tensors from SMALL elements on, with an fp32 scale per 256; those from PAGE on may be paged.
 SMALL, BLOCK, PAGE = 4096, 256, 100_000
+OUT = ("o_proj", "out_proj", "c_proj", "dense")  # output projections of attention
 SUPERVISED = 0.35  # share of a row that is response, where the caller does not know
 
 
@@ -55,21 +58,24 @@ class _Block:
     attention: int  # heads x head size
     head: int
     heads: int
+    keys: int  # heads of keys x head size
     wide: int  # inner width of the feed-forward part
     into: int  # outputs of the linear layers into it: twice `wide` where it is gated
     attention_inputs: list[int]  # input widths of the trained modules
     inner_inputs: list[int]
     attention_outputs: int  # their outputs together
     inner_outputs: int
+    out: bool  # the output projection of attention is adapted
     down: bool  # the layer out of the feed-forward part is adapted
 
 
 def predict(
-    recipe: Recipe, shape: Shape, *, workers: int = 1, tokens_per_row: int = 0, response: int = 0, device: str = "cpu"
-) -> Memory:
+    recipe: Recipe, shape: Shape, *, workers: int = 1, tokens_per_row: int = 0, response: int = 0, device: str = "cpu",
+    forwards: Sequence[Load] = (),
+) -> Memory:  # fmt: skip
     """Returns the predicted peak bytes of training on one worker.
 
-    The peak is the largest of five moments: the end of the forward pass, the loss, the backward pass through the last
+    The peak is the largest of some moments: the end of the forward pass, the loss, the backward pass through the last
     feed-forward part, the one through the first block, and its end, when all gradients are there.
 
     Args:
@@ -79,61 +85,92 @@ def predict(
         tokens_per_row: of the longest row; 0 means the recipe's max_length.
         response: tokens of the longest response; 0 means a share of `tokens_per_row`.
         device: "cpu" or "cuda"; the mask of dropout is a number per element on the one and a byte on the other.
+        forwards: of the heaviest step on this worker, where they are known (`schedule.loads`); else every row is taken to be as
+            long as the longest.
     """
-    size = FP32 if recipe.precision == "fp32" else 2
-    block = _block(recipe, shape)
+    peak = _Peak(recipe, shape, workers, device)
+    moments = [
+        moment for i, load in enumerate(forwards or _loads(recipe, workers, tokens_per_row, response))
+        for moment in peak.moments(load, later=i > 0)
+    ]  # fmt: skip
+    more, activations, logits = max(moments, key=sum)
+    return Memory(int(_weight_bytes(recipe, shape, workers)), int(peak.standing + more), int(activations), int(logits))
+
+
+def _loads(recipe: Recipe, workers: int, tokens_per_row: int, response: int) -> list[Load]:
+    """Returns the forwards of a step whose rows are all as long as the longest: a whole one, another, and the rest."""
     width = min(tokens_per_row or recipe.max_length, recipe.max_length)
     answer = min(response or int(SUPERVISED * width), width - 1)
     share = max(1, recipe.batch_size // workers)
     micro = min(recipe.micro_batch or share, share)
-    targets = _trained_modules(recipe, shape)
-    tensors = _trained(recipe, shape)
-    standing, gradients = _adapter_bytes(recipe, tensors, workers)
-    # Sequences of a forward, and the gradients that stand before it: a whole one, and the rest where the batch has one.
-    forwards = [(micro, gradients if share >= 2 * micro else 0), (share % micro, gradients)]
+    counts = [micro] * min(2, share // micro) + [share % micro] * bool(share % micro)
+    scored = answer if recipe.packing == "auto" else answer + 1
+    return [Load(rows * width, rows * scored, width) for rows in counts]
 
-    dropout = recipe.dropout if recipe.adapter != "full" else 0
-    mask = 0 if not dropout else 1 if device == "cuda" else FP32
-    attention, inner = _kept(recipe, block, size, mask, width)
-    layers = shape.layers
-    if recipe.gradient_checkpointing:
-        kept = layers * block.hidden * size + attention + inner
-    else:
-        kept = layers * (attention + inner) - _below(block, attention, size)
-    kept += 2 * block.head * size + INDICES + width  # rotary tables, indices, the boolean attention mask
 
-    copies, norms = _dora_bytes(recipe, targets, size)
-    ends = _embedding_bytes(recipe, shape)
-    copies /= layers if recipe.gradient_checkpointing else 1
-    shared = _shared(recipe)  # adapters keep their input itself, else a copy of their own
-    down = block.wide * (size + mask) if block.down and not (shared and recipe.bits == 8) else 0  # freed once it was used
-    product = 0 if shared or recipe.bits == 8 else block.wide * size  # else it is kept already
-    cast = FP32 * block.wide * (2 if dropout else 1) if block.down and size < FP32 and recipe.adapter != "full" else 0
-    scratch = max((a * b for a, b in shape.linear.values()), default=0) * size if recipe.bits < 16 else 0
-    wide, hidden = block.wide * size, block.hidden * size
-    moments: list[tuple[float, float, float]] = []  # gradients, activations, logits
-    for sequences, earlier in forwards:
-        tokens, scores = sequences * width, sequences * (answer + 1) * shape.vocabulary
-        moments += [
+class _Peak:
+    """What a forward and its backward pass hold at the moments where it may be most, beside the weights."""
+
+    def __init__(self, recipe: Recipe, shape: Shape, workers: int, device: str):
+        self.recipe, self.shape = recipe, shape
+        self.size = FP32 if recipe.precision == "fp32" else 2
+        self.block = _block(recipe, shape)
+        self.dropout = bool(recipe.dropout) and recipe.adapter != "full"
+        self.mask = 0 if not self.dropout else 1 if device == "cuda" else FP32
+        trained = _trained(recipe, shape)
+        self.standing, self.gradients = _adapter_bytes(recipe, trained, workers)
+        self.casts, self.head = _casts(recipe, shape, sum(trained))
+
+    def moments(self, load: Load, *, later: bool) -> list[tuple[float, float, float]]:
+        """Returns the bytes of (gradients, activations, logits) at each moment.
+
+        Args:
+            later: whether gradients of earlier forwards of the step are there.
+        """
+        recipe, block, size, mask = self.recipe, self.block, self.size, self.mask
+        layers, full = self.shape.layers, recipe.adapter == "full"
+        attention, inner = _kept(recipe, block, size, mask, load.width)
+        standing = 2 * block.head * size + INDICES  # rotary tables, indices
+        if recipe.gradient_checkpointing:  # the inputs of all blocks, and what one keeps while it runs again
+            standing += layers * block.hidden * size + FP32 * block.hidden
+            if recipe.bits == 8:  # LLM.int8 keeps its inputs where checkpointing does not see them
+                standing += layers * (2 * block.hidden + block.attention + block.wide) * size
+            kept = standing + attention + inner
+        else:
+            kept = standing = standing + layers * (attention + inner) - _below(block, attention, size)
+        copies, norms = _dora_bytes(recipe, _trained_modules(recipe, self.shape), size)
+        ends = _embedding_bytes(recipe, self.shape)
+        copies += self.casts
+        once = copies / layers  # of one block
+        copies = once if recipe.gradient_checkpointing else copies
+        resting = self.head + (0 if recipe.gradient_checkpointing else copies)  # where no block is at work
+        copies += self.head
+        shared = _shared(recipe)  # adapters keep their input itself, else a copy of their own
+        down = block.wide * (size + mask) if block.down and not (shared and recipe.bits == 8) else 0  # freed once it was used
+        product = 0 if shared or recipe.bits == 8 else block.wide * size  # else it is kept already
+        cast = FP32 * block.wide * (2 if self.dropout else 1) if block.down and size < FP32 and not full else 0
+        scratch = max((a * b for a, b in self.shape.linear.values()), default=0) * size if recipe.bits < 16 else 0
+        wide, hidden = block.wide * size, block.hidden * size
+        earlier = self.gradients if later else 0
+        tokens, scores = load.tokens, load.scored * self.shape.vocabulary
+        return [
             # End of forward: the product of the feed-forward part, its copies in fp32 for dropout and adapter, the outputs of
             # base and adapter and the two ends of the residual stream.
             (earlier, tokens * (kept + product + cast + 4 * hidden) + copies + norms, 0),
-            # Loss: logits, their logarithm, and two gradients, in fp32.
-            (earlier, tokens * (kept + hidden) + copies, scores * (size + 3 * FP32)),
+            # Loss: the logits' logarithm and two gradients, in fp32.
+            (earlier, tokens * standing + resting, 3 * FP32 * scores),
             # Backward through the last feed-forward part: gradients of product, activation and gate, and the residual's; or a
             # dequantized weight.
-            (earlier, tokens * (kept - down + 3 * wide + hidden) + copies + ends / 2, scores * size),
-            (earlier, tokens * (kept + hidden) + copies + scratch, scores * size),
+            (earlier, tokens * (kept - down + 3 * wide + hidden) + copies + ends / 2, 0),
+            (earlier, tokens * (kept + hidden) + copies + scratch, 0),
             # End of backward: the first block, and the gradients of all others; then all gradients alone.
-            (gradients * (layers - 1) / layers, tokens * (attention + inner + 3 * wide + hidden), scores * size),
-            (gradients, tokens * hidden + ends, scores * size),
+            (self.gradients * (layers - 1) / layers, tokens * (attention + inner + 3 * wide + hidden) + once, 0),
+            (self.gradients, tokens * hidden + ends, 0),
         ]
-    more, activations, logits = max(moments, key=sum)
-    return Memory(int(_weight_bytes(recipe, shape, workers)), int(standing + more), int(activations), int(logits))
 
 
 def _weight_bytes(recipe: Recipe, shape: Shape, workers: int) -> float:
-    """Returns the bytes of the base, with what its quantization needs and copies of it in the computation's precision."""
+    """Returns the bytes of the base, with what its quantization needs."""
     size = FP32 if recipe.precision == "fp32" else 2
     rest = shape.parameters - shape.linear_parameters
     weights = shape.linear_parameters * BYTES[recipe.bits] + rest * (FP32 if recipe.bits == 32 else size)
@@ -141,12 +178,19 @@ def _weight_bytes(recipe: Recipe, shape: Shape, workers: int) -> float:
         weights += shape.linear_parameters * NF4_OVERHEAD
     if recipe.bits == 8:
         weights += INT8_OVERHEAD * sum(out for out, _ in shape.linear.values())
-    if recipe.bits == 32 and size < FP32:
-        weights += shape.linear_parameters * size  # autocast's copies are kept for the backward pass
     if recipe.zero_stage == 3:  # a part on each worker, or on the host; and two blocks gathered
         blocks = min(weights, 2 * weights * shape.linear_parameters / shape.parameters / shape.layers)
         return blocks + (0 if recipe.offload else weights / workers)
     return weights
+
+
+def _casts(recipe: Recipe, shape: Shape, trained: int) -> tuple[float, float]:
+    """Returns the bytes of weights' copies that autocast makes and the backward pass needs: of blocks, of the output layer."""
+    if recipe.precision == "fp32":
+        return 0, 0
+    adapters = 0 if recipe.adapter == "full" else 2 * trained
+    base = recipe.bits == 32
+    return adapters + 2 * shape.linear_parameters * base, 2 * shape.vocabulary * shape.hidden * base
 
 
 def _trained_modules(recipe: Recipe, shape: Shape) -> dict[str, tuple[int, int]]:
@@ -181,13 +225,12 @@ def _adapter_bytes(recipe: Recipe, tensors: list[int], workers: int) -> tuple[fl
         gradients /= workers
     if recipe.zero_stage == 3:  # gradients have a place of their own besides, and weights lie in parts; a block's are whole
         weights, moments = weights / workers, moments + gradients
-    copies = 2 * parameters if recipe.precision != "fp32" and not full else 0  # autocast keeps a copy of what is trained
     if recipe.adapter == "adalora":
         moments += ALLOCATOR * FP32 * parameters
         # For the backward pass: A times E of each layer; and of the penalty the products A A' and B' B.
         rank = start_rank(recipe)
         buffer += FP32 * sum(tensors[::3]) + 2 * FP32 * rank * rank * len(tensors[::3])
-    return weights + moments + copies + buffer, gradients
+    return weights + moments + buffer, gradients
 
 
 def _offloaded(recipe: Recipe, tensors: list[int]) -> tuple[float, float]:
@@ -245,11 +288,13 @@ def _block(recipe: Recipe, shape: Shape) -> _Block:
     trained = {name: each for name, each in _trained_modules(recipe, shape).items() if name.startswith(layer)}
     chosen = {name: width for name, (_, width) in trained.items()}
     return _Block(
-        hidden=shape.hidden, attention=heads * head, head=head, heads=heads, wide=wide, into=into,
+        hidden=shape.hidden, attention=heads * head, head=head, heads=heads,
+        keys=int(shape.config.get("num_key_value_heads") or heads) * head, wide=wide, into=into,
         attention_inputs=[width for name, width in chosen.items() if is_attention(name)],
         inner_inputs=[width for name, width in chosen.items() if not is_attention(name)],
         attention_outputs=sum(out for name, (out, _) in trained.items() if is_attention(name)),
         inner_outputs=sum(out for name, (out, _) in trained.items() if not is_attention(name)),
+        out=any(is_attention(name) and name.rsplit(".", 1)[-1] in OUT for name in trained),
         down=any(not is_attention(name) and width == wide for name, width in chosen.items()),
     )  # fmt: skip
 
@@ -264,11 +309,12 @@ def _below(block: _Block, attention: float, size: int) -> float:
 
 def _kept(recipe: Recipe, block: _Block, size: int, mask: int, width: int) -> tuple[float, float]:
     """Returns the bytes per token that the attention and the feed-forward part of one block keep for the backward pass."""
-    # The input of the norm in fp32; queries, keys and values repeated to all heads, the output; the log-sum-exp of each head;
-    # a row of the attention mask.
-    attention = FP32 * block.hidden + 4 * block.attention * size + FP32 * block.heads + width * size
-    # The input of the norm in fp32; gate and up; where gated also the activation, which is multiplied.
-    inner = FP32 * block.hidden + block.into * size + (block.wide * size if block.into > block.wide else 0)
+    # The input of the norm and its scale in fp32; queries, keys, values, the output; the log-sum-exp of each head. In padded
+    # batches keys and values are repeated to all heads, and there is a row of the attention mask.
+    heads = 2 * block.attention + 2 * block.keys if recipe.packing == "auto" else 4 * block.attention + width
+    attention = FP32 * (block.hidden + 1) + heads * size + FP32 * block.heads
+    # The input of the norm and its scale in fp32; gate and up; where gated also the activation, which is multiplied.
+    inner = FP32 * (block.hidden + 1) + block.into * size + (block.wide * size if block.into > block.wide else 0)
     full = recipe.adapter == "full"
     parts = (block.attention_inputs, block.attention_outputs, block.attention), (block.inner_inputs, block.inner_outputs, None)
     for inputs, outputs, own in parts:
@@ -276,8 +322,11 @@ def _kept(recipe: Recipe, block: _Block, size: int, mask: int, width: int) -> tu
         added = size * block.hidden if full else start_rank(recipe) * size * len(inputs)
         added += 2 * size * outputs if recipe.adapter == "dora" else 0
         if _shared(recipe):
-            # The adapters share the input as it is; that of the output projection is kept by attention already.
-            distinct = set(inputs) if own is None else ({block.hidden} if len(inputs) > 1 or inputs == [block.hidden] else set())
+            # The adapters share the input as it is. That of the output projection is kept by attention already, but for a packed
+            # forward, where it is put together from its rows.
+            ahead = len(inputs) - block.out
+            distinct = list(set(inputs)) if own is None else [block.hidden] * bool(ahead)
+            distinct += [own] * (own is not None and block.out and recipe.packing == "auto")
             added += size * sum(distinct)
         else:
             added += (size + mask) * sum(inputs)  # each adapter its own cast or dropped copy, and the mask

@@ -115,6 +115,10 @@ class Recipe(Frozen):
     offload: StrictBool = Field(False, description="ZeRO: optimizer state, and at stage 3 weights, in the host's memory")
     gradient_checkpointing: StrictBool = False
     mix: dict[str, Weight] | None = Field(None, description="weights of named sources of data.train; default: the data's own")
+    packing: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto lays the rows of a forward end to end, each seeing itself alone, where the model allows it; off pads",
+    )
     seed: Whole = Field(0, ge=0, le=2**31 - 1, description="adapter initialisation, dropout and order of the rows")
 
     @model_validator(mode="after")

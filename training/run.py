@@ -14,20 +14,23 @@ from functools import cached_property
 
 import torch
 
-from training import evaluate, optimizers, zero
+from training import evaluate, optimizers, packing, zero
 from training.adapters import attach, method_of
 from training.data import Tokenized
 from training.errors import wrong
 from training.meter import count_bytes
 from training.model import computing, load_model
 from training.recipe import Job, Recipe
-from training.schedule import Plan, heaviest, supervised
+from training.schedule import Plan, by_length, heaviest, supervised
 from training.world import World
 
 
 @dataclass
 class Run:
-    """A model ready to be trained: `forward` is what is called, `inner` the model itself; `done` counts optimizer steps."""
+    """A model ready to be trained: `forward` is what is called, `inner` the model itself; `done` counts optimizer steps.
+
+    `packed`: the rows of a forward are laid end to end; else they are padded to the longest.
+    """
 
     recipe: Recipe
     world: World
@@ -38,6 +41,7 @@ class Run:
     engine: object | None
     accumulation: int
     scaler: torch.amp.GradScaler
+    packed: bool
     done: int = 0
     accept: Callable[[float, float], bool] | None = None  # (loss, norm) of a step -> whether it is done; not asked with an engine
 
@@ -59,6 +63,9 @@ class Run:
             for part in (state, getattr(state, "state2", None)):
                 tensors += [value for value in vars(part).values() if isinstance(value, torch.Tensor)] if part else []
             tensors += [t for name in ("CB", "SCB") if isinstance(t := getattr(parameter, name, None), torch.Tensor)]
+        # After the first forward LLM.int8 keeps its scales with the module.
+        states = [state for module in self.inner.modules() if (state := getattr(module, "state", None)) is not None]
+        tensors += [t for state in states for name in ("CB", "SCB") if isinstance(t := getattr(state, name, None), torch.Tensor)]
         return tensors
 
     def step(self, rows: Tokenized, chunks: list[list[int]], tokens: int, lr: float) -> tuple[float, float]:
@@ -71,20 +78,14 @@ class Run:
         """
         optimizers.set_rate(self.optimizer, lr)
         penalty = method_of(self.recipe.adapter).penalty
-        total = 0.0
+        total = torch.zeros((), device=self.device)
+        chunks = chunks if self.packed else by_length(chunks, rows)
         for i, chunk in enumerate(chunks):
             last = i == len(chunks) - 1
-            batch = evaluate.batch_of(
-                [rows.ids[r] for r in chunk], [rows.prompt_lengths[r] for r in chunk], pad=0, device=self.device
-            )
             waiting = self.forward.no_sync() if self._distributed and not last else nullcontext()
             with waiting, zero.sparing(self.recipe):
-                with computing(self.recipe.precision, self.device):
-                    logits = evaluate.logits_of(self.forward, batch)
-                loss = torch.nn.functional.cross_entropy(
-                    logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=-100, reduction="sum"
-                ) / tokens  # fmt: skip
-                total += loss.item()
+                loss = self._loss(rows, chunk) / tokens
+                total += loss.detach()
                 if last and penalty is not None:
                     loss = loss + penalty(self.inner)
                 # Data-parallel gradients are averaged over the workers, so the sum over them is asked for.
@@ -94,9 +95,21 @@ class Run:
                         self.engine.step()
                 else:
                     self.scaler.scale(loss * self.world.size).backward()
-            del logits, loss
-        norm = self._update(total)
-        return self.world.total(total), norm
+            del loss
+        mine = total.item()
+        norm = self._update(mine)
+        return self.world.total(mine), norm
+
+    def _loss(self, rows: Tokenized, chunk: list[int]) -> torch.Tensor:
+        """Returns the summed loss of one forward in nats. Logits are let go here: the backward pass needs only their softmax."""
+        ids, prompt_lengths = [rows.ids[r] for r in chunk], [rows.prompt_lengths[r] for r in chunk]
+        layout = packing if self.packed else evaluate
+        batch = layout.batch_of(ids, prompt_lengths, device=self.device, **({} if self.packed else {"pad": 0}))
+        with computing(self.recipe.precision, self.device):
+            logits = layout.logits_of(self.forward, batch)
+        return torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, -2), batch["labels"].flatten(), ignore_index=-100, reduction="sum"
+        )
 
     @property
     def _distributed(self) -> bool:
@@ -130,7 +143,9 @@ def set_up(job: Job, shape, planned: Plan, world: World, device: str) -> Run:
     """Returns a fresh run: base model loaded, adapter attached, optimizer, and data-parallel wrapping where asked."""
     recipe = job.recipe
     # At stage 3 no worker's device may ever hold the whole: tensors go there one by one, and each worker keeps its part.
-    inner = attach(load_model(recipe, device="cpu" if recipe.zero_stage == 3 else device), recipe, shape, steps=planned.steps)
+    base = load_model(recipe, device="cpu" if recipe.zero_stage == 3 else device)
+    inner = attach(base, recipe, shape, steps=planned.steps)
+    packed = recipe.packing == "auto" and packing.packs(base)
     torch.manual_seed(recipe.seed + world.rank)
     optimizer = optimizers.build(recipe, inner)
     accumulation = math.ceil(planned.batch // world.size / planned.micro)
@@ -148,7 +163,7 @@ def set_up(job: Job, shape, planned: Plan, world: World, device: str) -> Run:
         forward = engine
     elif world.size > 1:
         forward = torch.nn.parallel.DistributedDataParallel(inner)
-    return Run(recipe, world, device, inner, forward, optimizer, engine, accumulation, scaler_of(recipe, device))
+    return Run(recipe, world, device, inner, forward, optimizer, engine, accumulation, scaler_of(recipe, device), packed)
 
 
 def probe_bytes(job: Job, shape, planned: Plan, rows: Tokenized, world: World, device: str) -> int:
@@ -157,9 +172,9 @@ def probe_bytes(job: Job, shape, planned: Plan, rows: Tokenized, world: World, d
     Two steps, because the optimizer's state exists only from the second on. Weights, adapters, gradients, optimizer state
     and every temporary are counted by storage; the interpreter and libraries are not.
     """
-    step = heaviest(planned, rows, world)
-    chunks = planned.micro_batches(step, world.rank, world.size)
     run = set_up(job, shape, planned, world, device)
+    step = heaviest(planned, rows, world, packed=run.packed)
+    chunks = planned.micro_batches(step, world.rank, world.size)
     run.scaler = scaler_of(job.recipe, device, start=1.0)  # an overflow would leave the optimizer without its state
     tokens = supervised(rows, planned, step)
     with count_bytes(run.held()) as counter:

@@ -145,10 +145,42 @@ def supervised(rows: Tokenized, planned: Plan, step: int) -> int:
     return sum(len(rows.ids[r]) - max(rows.prompt_lengths[r], 1) for r in chosen)
 
 
-def heaviest(planned: Plan, rows: Tokenized, world: World) -> int:
-    """Returns the step whose widest forward has the most padded tokens: the one that needs the most memory."""
+@dataclass(frozen=True)
+class Load:
+    """One forward: its tokens and the positions whose logits are computed, padding among both; `width` of its longest row."""
+
+    tokens: int
+    scored: int
+    width: int
+
+
+def loads(chunks: list[list[int]], rows: Tokenized, *, packed: bool) -> list[Load]:
+    """Returns what each forward of a step holds, in the order in which they run."""
+    found = []
+    for chunk in chunks if packed else by_length(chunks, rows):
+        lengths = [len(rows.ids[r]) for r in chunk]
+        answers = [len(rows.ids[r]) - max(rows.prompt_lengths[r], 1) for r in chunk]
+        width = max(lengths)
+        if packed:
+            found.append(Load(sum(lengths), sum(answers), width))
+        else:  # rows end together: the last columns are scored, and one that predicts them
+            found.append(Load(len(chunk) * width, len(chunk) * min(max(answers) + 1, width), width))
+    return found
+
+
+def by_length(chunks: list[list[int]], rows: Tokenized) -> list[list[int]]:
+    """Returns the same rows in as many forwards of the same sizes, those of like length together, so that little is padded.
+
+    The gradient of a step is a sum over its rows, so it does not depend on it.
+    """
+    ordered = iter(sorted((r for chunk in chunks for r in chunk), key=lambda r: len(rows.ids[r])))
+    return [[next(ordered) for _ in chunk] for chunk in chunks]
+
+
+def heaviest(planned: Plan, rows: Tokenized, world: World, *, packed: bool) -> int:
+    """Returns the step whose widest forward has the most tokens, padding among them: the one that needs the most memory."""
 
     def weight(step: int) -> int:
-        return max(len(c) * max(len(rows.ids[r]) for r in c) for c in planned.micro_batches(step, 0, world.size))
+        return max(load.tokens for load in loads(planned.micro_batches(step, 0, world.size), rows, packed=packed))
 
     return max(range(planned.steps), key=weight)

@@ -20,7 +20,7 @@ from training.loop import train
 from training.model import describe, load_model, load_tokenizer
 from training.recipe import EvaluationConfig, Limits, Recipe
 from training.run import Run, scaler_of, set_up
-from training.schedule import Plan, heaviest, plan, rate, supervised
+from training.schedule import Plan, plan, rate, supervised
 from training.world import World
 
 # Plans
@@ -75,9 +75,8 @@ def test_a_batch_that_workers_cannot_share_is_refused():
         plan(Recipe(batch_size=6), lengths(4, 4), workers=4)
 
 
-def test_the_heaviest_step_has_the_most_padded_tokens():
+def test_the_supervised_tokens_of_a_step_are_those_of_its_responses():
     rows = lengths(10, 10, 10, 10, 4, 30)
-    assert heaviest(Plan(3, 2, 2, [0, 1, 4, 5, 2, 3]), rows, World()) == 1
     assert supervised(rows, Plan(3, 2, 2, [0, 1, 4, 5, 2, 3]), 1) == 2 + 15
     assert supervised(Tokenized([[1, 2, 3]], [0]), Plan(1, 1, 1, [0]), 0) == 2  # the first token is never predicted
 

@@ -45,13 +45,9 @@ def predicted(job: Job, world: World) -> int:
     """Returns the peak bytes predicted for the row lengths that the probe meets."""
     rows = prepare(read(job.data), job.data, load_tokenizer(job.recipe), job.recipe.max_length).train
     planned = schedule.plan(job.recipe, rows, workers=world.size)
-    chunks = planned.micro_batches(schedule.heaviest(planned, rows, world), world.rank, world.size)
-    widest = max(chunks, key=lambda chunk: len(chunk) * max(len(rows.ids[r]) for r in chunk))
-    return memory.predict(
-        job.recipe, describe(job.recipe.model), workers=world.size,
-        tokens_per_row=max(len(rows.ids[r]) for r in widest),
-        response=max(len(rows.ids[r]) - rows.prompt_lengths[r] for r in widest),
-    ).total  # fmt: skip
+    step = schedule.heaviest(planned, rows, world, packed=True)
+    forwards = schedule.loads(planned.micro_batches(step, world.rank, world.size), rows, packed=True)
+    return memory.predict(job.recipe, describe(job.recipe.model), workers=world.size, forwards=forwards).total
 
 
 def work(rank: int, port: int, folder: str) -> None:

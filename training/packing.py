@@ -1,0 +1,136 @@
+"""Padding-free forwards: the rows of one forward laid end to end, and attention that never crosses from one to another.
+
+Owns: the layout of a packed batch, the attention function `rows` that is registered with transformers, which models allow it.
+Must not know: optimizers, which rows are chosen, when a forward happens.
+
+All but attention works token by token, so end to end it does no work for padding. Attention runs on each row by itself, rows of
+equal length together, by the kernel that `sdpa` chooses; there is no mask, and what is not finite in one row stays there (in a
+block-diagonal mask 0 x NaN would carry it to the others). As a row of its own is all that attention gets, a model may be
+packed whose layers ask transformers for their attention and pass on the arguments of the forward; `packs` tries it out.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+NAME = "rows"  # of the attention function, among transformers' own
+TRIED = (3, 3, 4)  # tokens of the rows on which a model is tried
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of a packed forward are: `groups` of (rows, tokens of each), in their order; equal lengths together."""
+
+    groups: tuple[tuple[int, int], ...]
+
+    @property
+    def sizes(self) -> list[int]:
+        """The tokens of each group together."""
+        return [count * length for count, length in self.groups]
+
+
+def batch_of(ids: list[list[int]], prompt_lengths: list[int], *, device) -> dict:
+    """Returns tensors of rows laid end to end, those of equal length beside each other.
+
+    Returns:
+        `input_ids`, `position_ids`: int64 (1, tokens), positions begin at 0 in each row; `labels`: int64 (supervised,), every
+        response token in order; `keep`: int64 (supervised,), the positions that predict them; `rows`: Rows.
+    """
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    tokens: list[int] = []
+    positions: list[int] = []
+    labels: list[int] = []
+    keep: list[int] = []
+    for i in order:
+        row, first = ids[i], max(prompt_lengths[i], 1)  # the first token of a row is never predicted
+        keep += range(len(tokens) + first - 1, len(tokens) + len(row) - 1)
+        labels += row[first:]
+        positions += range(len(row))
+        tokens += row
+    rows = Rows(tuple((len(list(same)), length) for length, same in groupby(len(ids[i]) for i in order)))
+    tensors = {"input_ids": [tokens], "position_ids": [positions], "labels": labels, "keep": keep}
+    return {name: torch.tensor(value, dtype=torch.long, device=device) for name, value in tensors.items()} | {"rows": rows}
+
+
+def logits_of(model, batch: dict) -> torch.Tensor:
+    """Returns the logits that predict `batch["labels"]`, of supervised positions alone: (supervised, vocabulary)."""
+    # transformers hands a mask of four dimensions on as it is; this one says nothing, and attention does not read it.
+    mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=batch["input_ids"].device)
+    return model(
+        input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=mask, use_cache=False,
+        logits_to_keep=batch["keep"], rows=batch["rows"],
+    ).logits[0]  # fmt: skip
+
+
+def attention(module, query, key, value, attention_mask, *, rows: Rows | None = None, sliding_window=None, **options):
+    """Returns what transformers' `sdpa` does, (1, tokens, heads, head size) and None; of a packed forward row by row.
+
+    Args:
+        query, key, value: (1, heads, tokens, head size), keys and values with heads of their own number.
+        rows: of a packed forward; None is any other one, with its mask.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
+
+    if rows is None:
+        return sdpa(module, query, key, value, attention_mask, sliding_window=sliding_window, **options)
+    found = []
+    for (count, length), *parts in zip(
+        rows.groups, *(each.split(rows.sizes, dim=2) for each in (query, key, value)), strict=True
+    ):
+        alone = [part.unflatten(2, (count, length))[0].transpose(0, 1) for part in parts]  # (rows, heads, tokens, head size)
+        mask = None
+        if sliding_window is not None and sliding_window < length:
+            seen = torch.ones((length, length), dtype=torch.bool, device=query.device)
+            mask = (seen.tril() & seen.triu(1 - sliding_window))[None, None]
+        out, _ = sdpa(module, *alone, mask, **options)
+        found.append(out.flatten(0, 1))
+    return torch.cat(found)[None], None
+
+
+def enable(model) -> None:
+    """Makes a model's attention take packed forwards as well; every other one stays what it is with `sdpa`."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+
+
+def packs(model) -> bool:
+    """Says whether a model can be packed, and leaves it ready for it then: tried on three rows of few tokens.
+
+    What is asked of it: changing a row changes nothing in the others, and equal rows have equal logits wherever they are (up
+    to half the digits of their precision). A model that recurs or convolves over tokens, or whose attention does not come from
+    transformers, fails that and stays as it was.
+    """
+    wanted = {"position_ids", "logits_to_keep"} <= set(inspect.signature(model.forward).parameters)
+    if not wanted or not getattr(model, "_supports_attention_backend", False):
+        return False
+    before, was = model.config._attn_implementation, model.training
+    enable(model)
+    model.eval()
+    try:
+        with torch.no_grad():
+            one, other = (_tried(model, first) for first in (0, TRIED[0]))
+        sound = all(torch.equal(a, b) for a, b in zip(one[1:], other[1:], strict=True))
+        rounding = torch.finfo(other[0].dtype).eps ** 0.5 * other[1].abs().max()
+        sound = sound and bool((other[0] - other[1]).abs().max() <= rounding)
+    except (TypeError, ValueError, RuntimeError, IndexError):  # it does not take the arguments, or the layout
+        sound = False
+    model.train(was)
+    if not sound:
+        model.set_attn_implementation(before)
+    return sound
+
+
+def _tried(model, first: int) -> tuple[torch.Tensor, ...]:
+    """Returns the logits of three short packed rows, of which the first begins with token `first`; the second with 3."""
+    starts = (first, TRIED[0], TRIED[0] + TRIED[1])
+    ids = [list(range(start, start + length)) for start, length in zip(starts, TRIED, strict=True)]
+    batch = batch_of(ids, [1] * len(ids), device=next(model.parameters()).device)
+    return logits_of(model, batch).split([length - 1 for length in TRIED])
