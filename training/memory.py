@@ -331,7 +331,8 @@ def _kept(recipe: Recipe, block: _Block, size: int, mask: int, width: int) -> tu
         else:
             added += (size + mask) * sum(inputs)  # each adapter its own cast or dropped copy, and the mask
         if recipe.bits == 8 and not (inputs and _shared(recipe)):
-            added += size * (block.hidden + (block.wide if own is None else 0))  # LLM.int8 keeps the inputs as well
+            # LLM.int8 keeps the inputs as well; that of a padded output projection is kept by attention already.
+            added += size * (block.hidden + (block.wide if own is None else block.attention * (recipe.packing == "auto")))
         attention, inner = (attention + added, inner) if own is not None else (attention, inner + added)
     return attention, inner
 
