@@ -110,12 +110,9 @@ def score_rows(
     """
     task, wanted = tasks.load(job.data.task), metrics.chosen(job.evaluation.metrics)
     scores = task.score(model, rows, batch_size=job.evaluation.batch_size, labels=prepared.labels)
-    return (
-        scores
-        | statistics(
-            model, rows, scores, wanted, tokenizer=tokenizer, answered=answered, limit=limit, batch_size=job.evaluation.batch_size
-        )[0]
-    )
+    return scores | statistics(
+        model, rows, scores, wanted, tokenizer=tokenizer, answered=answered, limit=limit, batch_size=job.evaluation.batch_size
+    )[0]
 
 
 def statistics(

@@ -46,15 +46,8 @@ def train(job: Job, report: Report) -> Outcome:
         accuracy = final * (1 - math.exp(-3 * share)) / (1 - math.exp(-3))
         metrics = {"accuracy": accuracy, "loss": -math.log(max(accuracy, 0.01))}
         stop = report(
-            Progress(
-                step=step,
-                steps=steps,
-                tokens=int(tokens * share),
-                share=share,
-                seconds=seconds * share,
-                peak_bytes=peak,
-                metrics=metrics,
-            )
+            Progress(step=step, steps=steps, tokens=int(tokens * share), share=share, seconds=seconds * share,
+                     peak_bytes=peak, metrics=metrics)
         )
         if stop and step < steps:
             return Outcome(ended="stopped", reason=stop, share=share, scores={"accuracy": accuracy}, loss=metrics["loss"],
