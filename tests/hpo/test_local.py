@@ -143,7 +143,8 @@ hpo.run(json.loads(sys.argv[1]), train=train)
 
 def test_a_driver_that_is_killed_again_and_again_ends_like_one_that_was_not(tmp_path):
     log = tmp_path / "log"
-    written = simulated(tmp_path / "store", budget={"trials": 7}, algorithm={"name": "bayes", "startup": 3})
+    written = simulated(tmp_path / "store", budget={"trials": 7}, algorithm={"name": "bayes", "startup": 3},
+                        certify={"extra": 0})  # fmt: skip
 
     def drive():
         return subprocess.Popen([sys.executable, "-c", DRIVER, json.dumps(written), str(log)], stderr=subprocess.DEVNULL)
@@ -179,7 +180,8 @@ def test_a_driver_that_is_killed_again_and_again_ends_like_one_that_was_not(tmp_
     )
     assert sum(t.attempts for t in trials) <= 7 + 2, "each kill costs at most the trial in flight"
 
-    alone = simulated(tmp_path / "alone", budget={"trials": 7}, algorithm={"name": "bayes", "startup": 3})
+    alone = simulated(tmp_path / "alone", budget={"trials": 7}, algorithm={"name": "bayes", "startup": 3},
+                        certify={"extra": 0})  # fmt: skip
     with searching(open_store(alone["storage"]), alone) as search:
         local.run_search(search, simulate.train, search.spec.data)
         assert [(t.params, t.outcome) for t in search.trials] == [(t.params, t.outcome) for t in trials]

@@ -308,7 +308,7 @@ def test_a_far_too_large_rate_diverges_with_a_reason(make_job, tmp_path, rate):
 
 
 def test_a_validation_loss_that_is_not_finite_has_diverged(make_job, monkeypatch):
-    monkeypatch.setattr(evaluate, "summary", lambda scores: {"accuracy": 0.0, "loss": math.nan})
+    monkeypatch.setattr(evaluate, "summary", lambda *scores: {"accuracy": 0.0, "loss": math.nan})
     outcome = train(make_job())
     assert outcome.ended == "diverged" and "validation loss became nan" in outcome.reason
     assert outcome.loss is None and outcome.scores == {}

@@ -48,7 +48,7 @@ def a_run(job, **fields):
 def gradients(run, rows: Tokenized, chunks: list[list[int]]) -> tuple[float, list[torch.Tensor]]:
     """Returns a step's loss and the gradients that it would have gone by."""
     kept = []
-    run._update = lambda: kept.extend(p.grad.clone() for p in run.parameters) or 0.0
+    run._update = lambda total: kept.extend(p.grad.clone() for p in run.parameters) or 0.0
     loss, _ = run.step(rows, chunks, tokens_of(rows), 0.0)
     return loss, kept
 
