@@ -4,41 +4,80 @@ Owns: the layout of a packed batch, the attention function `rows` that is regist
 Must not know: optimizers, which rows are chosen, when a forward happens.
 
 All but attention works token by token, so end to end it does no work for padding. Attention runs on each row by itself, rows of
-equal length together, by the kernel that `sdpa` chooses; there is no mask, and what is not finite in one row stays there (in a
-block-diagonal mask 0 x NaN would carry it to the others). As a row of its own is all that attention gets, a model may be
-packed whose layers ask transformers for their attention and pass on the arguments of the forward; `packs` tries it out.
+like length together and padded within it, by the kernel that `sdpa` chooses; there is no mask, and what is not finite in one row
+stays there (in a block-diagonal mask 0 x NaN would carry it to the others). As a row of its own is all that attention gets, a
+model may be packed whose layers ask transformers for their attention and pass on the arguments of the forward; `packs` tries.
 """
 
 from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 
 NAME = "rows"  # of the attention function, among transformers' own
+SLACK = 64  # tokens of padding that attention may have in one group of rows
 TRIED = (3, 3, 4)  # tokens of the rows on which a model is tried
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Where the rows of a packed forward are: `groups` of (rows, tokens of each), in their order; equal lengths together."""
+class Group:
+    """Rows beside each other that attention takes together: `lengths` of each in tokens, ascending.
 
-    groups: tuple[tuple[int, int], ...]
+    `places`: int64 (tokens,), where each token lies when the rows are padded to the longest; None where they are equally long.
+    """
+
+    lengths: tuple[int, ...]
+    places: torch.Tensor | None
 
     @property
-    def sizes(self) -> list[int]:
-        """The tokens of each group together."""
-        return [count * length for count, length in self.groups]
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    def taken(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Returns (tokens, heads, head size) as (rows, heads, longest, head size); zeros where a row has ended."""
+        count, longest = len(self.lengths), self.lengths[-1]
+        if self.places is not None:
+            # Zeros and nobody's tokens: what is computed of them is thrown away, but its gradient, 0, is multiplied with it.
+            tokens = tokens.new_zeros(count * longest, *tokens.shape[1:]).index_copy(0, self.places, tokens)
+        return tokens.unflatten(0, (count, longest)).transpose(1, 2)
+
+    def given_back(self, rows: torch.Tensor) -> torch.Tensor:
+        """Returns (rows, longest, heads, head size) as (tokens, heads, head size)."""
+        return rows.flatten(0, 1) if self.places is None else rows.flatten(0, 1).index_select(0, self.places)
+
+
+Rows = tuple[Group, ...]  # of a packed forward, in the order of its tokens
+
+
+def grouped(lengths: list[int], *, device) -> Rows:
+    """Returns rows of ascending lengths in groups, as few as SLACK allows: each costs a kernel of its own in every layer."""
+    found: list[list[int]] = []
+    padding = 0
+    for length in lengths:
+        more = len(found[-1]) * (length - found[-1][-1]) if found else 0
+        if found and padding + more <= SLACK:
+            found[-1].append(length)
+            padding += more
+        else:
+            found.append([length])
+            padding = 0
+    groups = []
+    for same in found:
+        places = None
+        if same[0] < same[-1]:
+            places = torch.tensor([row * same[-1] + at for row, length in enumerate(same) for at in range(length)], device=device)
+        groups.append(Group(tuple(same), places))
+    return tuple(groups)
 
 
 def batch_of(ids: list[list[int]], prompt_lengths: list[int], *, device) -> dict:
-    """Returns tensors of rows laid end to end, those of equal length beside each other.
+    """Returns tensors of rows laid end to end, in the order of their lengths.
 
     Returns:
         `input_ids`, `position_ids`: int64 (1, tokens), positions begin at 0 in each row; `labels`: int64 (supervised,), every
-        response token in order; `keep`: int64 (supervised,), the positions that predict them; `rows`: Rows.
+        response token in order; `keep`: int64 (supervised,), the positions that predict them; `rows`: Rows, for attention.
     """
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     tokens: list[int] = []
@@ -51,7 +90,7 @@ def batch_of(ids: list[list[int]], prompt_lengths: list[int], *, device) -> dict
         labels += row[first:]
         positions += range(len(row))
         tokens += row
-    rows = Rows(tuple((len(list(same)), length) for length, same in groupby(len(ids[i]) for i in order)))
+    rows = grouped([len(ids[i]) for i in order], device=device)
     tensors = {"input_ids": [tokens], "position_ids": [positions], "labels": labels, "keep": keep}
     return {name: torch.tensor(value, dtype=torch.long, device=device) for name, value in tensors.items()} | {"rows": rows}
 
@@ -77,17 +116,14 @@ def attention(module, query, key, value, attention_mask, *, rows: Rows | None = 
 
     if rows is None:
         return sdpa(module, query, key, value, attention_mask, sliding_window=sliding_window, **options)
-    found = []
-    for (count, length), *parts in zip(
-        rows.groups, *(each.split(rows.sizes, dim=2) for each in (query, key, value)), strict=True
-    ):
-        alone = [part.unflatten(2, (count, length))[0].transpose(0, 1) for part in parts]  # (rows, heads, tokens, head size)
-        mask = None
+    found, sizes = [], [group.tokens for group in rows]
+    for group, *parts in zip(rows, *(each[0].transpose(0, 1).split(sizes) for each in (query, key, value)), strict=True):
+        alone, length, mask = [group.taken(part) for part in parts], group.lengths[-1], None
         if sliding_window is not None and sliding_window < length:
             seen = torch.ones((length, length), dtype=torch.bool, device=query.device)
             mask = (seen.tril() & seen.triu(1 - sliding_window))[None, None]
         out, _ = sdpa(module, *alone, mask, **options)
-        found.append(out.flatten(0, 1))
+        found.append(group.given_back(out))
     return torch.cat(found)[None], None
 
 

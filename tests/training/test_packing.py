@@ -169,7 +169,7 @@ def test_a_batch_has_each_token_once_and_labels_where_they_are_predicted():
     rows = some_rows()
     batch = packing.batch_of(rows.ids, rows.prompt_lengths, device="cpu")
     assert batch["input_ids"].shape == (1, sum(LENGTHS)) and len(batch["labels"]) == tokens_of(rows)
-    assert batch["rows"].groups == ((1, 2), (1, 5), (2, 9), (1, 17), (1, 30))
+    assert [group.lengths for group in batch["rows"]] == [(2, 5, 9, 9, 17), (30,)]  # 3 + 2 * 4 + 4 * 8 tokens of padding
     following = batch["input_ids"][0, batch["keep"] + 1]
     assert torch.equal(following, batch["labels"])
     padded = evaluate.batch_of(rows.ids, rows.prompt_lengths, pad=0, device="cpu")
