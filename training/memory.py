@@ -140,7 +140,9 @@ class _Peak:
             kept = standing = standing + layers * (attention + inner) - _below(block, attention, size)
         copies, norms = _dora_bytes(recipe, _trained_modules(recipe, self.shape), size)
         ends = _embedding_bytes(recipe, self.shape)
-        copies += self.casts
+        # Padded queries, keys, values and outputs of attention; and the outputs once more, without padding.
+        padded = load.padding * 2 * (block.attention + block.keys) + load.unequal * block.attention
+        copies += self.casts + layers * padded * size
         once = copies / layers  # of one block
         copies = once if recipe.gradient_checkpointing else copies
         resting = self.head + (0 if recipe.gradient_checkpointing else copies)  # where no block is at work

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
+from training.schedule import alike
+
 NAME = "rows"  # of the attention function, among transformers' own
-SLACK = 64  # tokens of padding that attention may have in one group of rows
 TRIED = (3, 3, 4)  # tokens of the rows on which a model is tried
 
 
@@ -52,19 +53,9 @@ Rows = tuple[Group, ...]  # of a packed forward, in the order of its tokens
 
 
 def grouped(lengths: list[int], *, device) -> Rows:
-    """Returns rows of ascending lengths in groups, as few as SLACK allows: each costs a kernel of its own in every layer."""
-    found: list[list[int]] = []
-    padding = 0
-    for length in lengths:
-        more = len(found[-1]) * (length - found[-1][-1]) if found else 0
-        if found and padding + more <= SLACK:
-            found[-1].append(length)
-            padding += more
-        else:
-            found.append([length])
-            padding = 0
+    """Returns rows of ascending lengths in groups."""
     groups = []
-    for same in found:
+    for same in alike(lengths):
         places = None
         if same[0] < same[-1]:
             places = torch.tensor([row * same[-1] + at for row, length in enumerate(same) for at in range(length)], device=device)

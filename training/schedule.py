@@ -14,6 +14,7 @@ from training.errors import wrong
 from training.recipe import Recipe
 from training.world import World
 
+SLACK = 64  # tokens of padding that attention may have in one group of packed rows
 LEAST = 0.1  # of the peak rate, at the end of cosine_min
 
 
@@ -147,11 +148,16 @@ def supervised(rows: Tokenized, planned: Plan, step: int) -> int:
 
 @dataclass(frozen=True)
 class Load:
-    """One forward: its tokens and the positions whose logits are computed, padding among both; `width` of its longest row."""
+    """One forward: its tokens and the positions whose logits are computed, padding among both; `width` of its longest row.
+
+    `unequal`: tokens of a packed forward that attention takes in groups of unlike lengths; `padding`: what it adds to them.
+    """
 
     tokens: int
     scored: int
     width: int
+    unequal: int = 0
+    padding: int = 0
 
 
 def loads(chunks: list[list[int]], rows: Tokenized, *, packed: bool) -> list[Load]:
@@ -162,9 +168,25 @@ def loads(chunks: list[list[int]], rows: Tokenized, *, packed: bool) -> list[Loa
         answers = [len(rows.ids[r]) - max(rows.prompt_lengths[r], 1) for r in chunk]
         width = max(lengths)
         if packed:
-            found.append(Load(sum(lengths), sum(answers), width))
+            unequal = [group for group in alike(lengths) if group[0] < group[-1]]
+            padding = sum(len(group) * group[-1] - sum(group) for group in unequal)
+            found.append(Load(sum(lengths), sum(answers), width, sum(map(sum, unequal)), padding))
         else:  # rows end together: the last columns are scored, and one that predicts them
             found.append(Load(len(chunk) * width, len(chunk) * min(max(answers) + 1, width), width))
+    return found
+
+
+def alike(lengths: list[int]) -> list[list[int]]:
+    """Returns lengths of rows in groups, all ascending, as few as SLACK allows: each costs a kernel of its own in every layer."""
+    found: list[list[int]] = []
+    padding = 0
+    for length in sorted(lengths):
+        padding += len(found[-1]) * (length - found[-1][-1]) if found else 0
+        if found and padding <= SLACK:
+            found[-1].append(length)
+        else:
+            found.append([length])
+            padding = 0
     return found
 
 
