@@ -23,7 +23,7 @@ quickstart: setup
 
 test: .venv/.test-ready
 	.venv/bin/ruff check .
-	.venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	.venv/bin/python -m pytest -n 2 --no-loadscope-reorder
 
 lint: .venv/.test-ready
 	.venv/bin/ruff check .

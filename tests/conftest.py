@@ -12,11 +12,23 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.pop("RAY_ADDRESS", None)
 
 
-@pytest.hookimpl(tryfirst=True)
+def in_one_go(nodeid):
+    """Returns what a test is run together with, by one of the two processes of `make test`: all with Ray clusters, or its file."""
+    file = nodeid.split("::")[0]
+    return "ray" if "/ray/" in file or file.endswith("test_readme.py") else file
+
+
 def pytest_collection_modifyitems(items):
-    """Sorts tests into what one process runs in one go: a file, or all that needs a Ray cluster, which goes first because it
-    takes longest: so there is one cluster at a time, while another process runs the rest (`make test`)."""
-    for item in items:
-        ray = item.get_closest_marker("ray") is not None or "/ray/" in item.nodeid
-        item.add_marker(pytest.mark.xdist_group("ray" if ray else item.nodeid.split("::")[0]))
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] != "ray")
+    """Puts first what needs a Ray cluster: it takes longest, while another process runs the rest."""
+    items.sort(key=lambda item: in_one_go(item.nodeid) != "ray")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class InOneGo(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return in_one_go(nodeid)
+
+    return InOneGo(config, log)
