@@ -13,7 +13,7 @@ os.environ.pop("RAY_ADDRESS", None)
 
 
 def in_one_go(nodeid):
-    """Returns what a test is run together with, by one of the two processes of `make test`: all with Ray clusters, or its file."""
+    """Returns what a test is run together with, by one of two processes (`make test`): all with Ray clusters, or its file."""
     file = nodeid.split("::")[0]
     return "ray" if "/ray/" in file or file.endswith("test_readme.py") else file
 
