@@ -29,7 +29,7 @@ SHARED = Path(os.environ.get("PARETUNE_SHARED", Path(__file__).parents[3] / "sha
 CHARACTERS = 4  # of English to a token of a usual vocabulary
 WARM = 3
 # model -> steps of a round and longest row
-CASES = {"embedded": (40, 256), "medium": (8, 512)}
+CASES = {"embedded": (40, 256), "medium": (5, 512)}
 
 
 def lengths(name: str) -> list[tuple[int, int]]:
@@ -107,5 +107,5 @@ def measure(quick: bool) -> dict[str, Any]:
         for name, model in models.items():
             steps, longest = CASES[name]
             for data in ("wikisql_mini", "gsm8k"):
-                found.append(case(name, model, data, 2 if quick else 5, 4 if quick else steps, longest))
+                found.append(case(name, model, data, 2 if quick else 4, 4 if quick else steps, longest))
     return {"tokens_per_second_ratio": min(each["ratio"] for each in found), "speed": found}
