@@ -1,0 +1,218 @@
+"""Several recipes trained at once over one frozen base: each tick is one forward and one backward for all of them.
+
+Owns: `Pack`, its seats, what each tick has of whom. Every seat has its own rows and their order, steps, rate, clipping, moments
+and loss over its own supervised tokens, so that a trial comes to what it comes to alone; it enters and leaves between two ticks.
+Must not know: reports, limits, Ray, studies.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from training.data import Tokenized
+from training.model import computing, load_model, match
+from training.recipe import Recipe
+from training.schedule import Plan, rate, supervised
+from training.stacked import Layout, Stack, install
+
+SHARED = ("model", "revision", "bits", "precision", "targets")
+ODD = (2_654_435_761, 2_246_822_519, 3_266_489_917, 668_265_263)  # large odd numbers that spread what they multiply
+
+
+def refusal(recipe: Recipe) -> str | None:
+    """Returns why a recipe cannot be trained beside others, or None."""
+    if recipe.adapter not in ("lora", "rslora"):
+        return f"adapter: {recipe.adapter} has more than A and B for each layer"
+    if recipe.optimizer != "adamw":
+        return f"optimizer: {recipe.optimizer} keeps its moments in a form of its own"
+    if recipe.zero_stage:
+        return f"zero_stage: {recipe.zero_stage} shares one trial among workers"
+    if recipe.precision == "fp16":
+        return "precision: fp16 scales the loss of each trial in its own way"
+    return None
+
+
+def base_of(recipe: Recipe) -> tuple:
+    """Returns what recipes must have in common to share a base."""
+    return tuple(getattr(recipe, name) for name in SHARED)
+
+
+@dataclass
+class Seat:
+    """One trial in a pack. `step` counts its finished optimizer steps, `taken` the rows of the current one that were trained on."""
+
+    number: int
+    recipe: Recipe
+    plan: Plan
+    step: int = 0
+    taken: int = 0
+    loss: float = 0.0
+    tokens: int = 0
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.plan.steps
+
+    def offer(self) -> list[int]:
+        """Returns the rows of the next forward."""
+        start = self.step * self.plan.batch + self.taken
+        return self.plan.order[start : min(start + self.plan.micro, (self.step + 1) * self.plan.batch)]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A finished optimizer step of one seat: the loss before it (nats per token) and the norm of the gradient."""
+
+    seat: Seat
+    loss: float
+    norm: float
+
+
+class Pack:
+    """A base with seats for several trials."""
+
+    def __init__(self, recipe: Recipe, shape, rows: Tokenized, *, seats: int, rank: int, device: str = "cpu",
+                 kind: str = "stacked", dtype: torch.dtype = torch.float32):  # fmt: skip
+        """Loads the base.
+
+        Args:
+            recipe: of any of the trials; they have its `base_of`.
+            shape: `training.model.describe` of the base.
+            rows: of all trials.
+            seats: how many trials there may be at a time.
+            rank: the largest of them.
+            kind: "stacked", or "loop": the reference.
+            dtype: of the adapters; of the whole model too where it is fp64, for tests.
+        """
+        self.recipe, self.rows, self.device = recipe, rows, device
+        model = load_model(recipe, device=device)
+        if dtype == torch.float64:
+            model.double()
+        chosen = match(recipe.targets, shape)
+        sizes = {name: chosen[name] for name, _ in model.named_modules() if name in chosen}
+        self.stack = Stack(sizes, seats, rank, device=device, dtype=dtype)
+        install(model, self.stack, kind)
+        self.model, self.seats = model, [None] * seats
+
+    # Who is there
+
+    @property
+    def present(self) -> list[Seat]:
+        return [seat for seat in self.seats if seat is not None]
+
+    def enter(self, recipe: Recipe, plan: Plan) -> Seat:
+        """Gives a trial the first free seat, with new weights.
+
+        Raises:
+            ValueError: it cannot be trained here, or no seat is free.
+        """
+        if (reason := refusal(recipe)) or base_of(recipe) != base_of(self.recipe) or recipe.rank > self.stack.rank:
+            raise ValueError(reason or f"a pack for {base_of(self.recipe)} up to rank {self.stack.rank} has no place for {recipe}")
+        number = self.seats.index(None)
+        self.stack.draw(number, recipe.rank, recipe.seed)
+        self.seats[number] = Seat(number, recipe, plan)
+        return self.seats[number]
+
+    def leave(self, seat: Seat) -> None:
+        """Empties a trial's seat."""
+        self.stack.clear(seat.number)
+        self.seats[seat.number] = None
+
+    def adapter(self, seat: Seat) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Returns a trial's (A, B) by module."""
+        return self.stack.taken(seat.number, seat.recipe.rank)
+
+    # One tick
+
+    def tick(self) -> list[Step]:
+        """Trains every seat on its next rows; returns those that finished an optimizer step by it.
+
+        A step whose loss or gradient is not finite is told, and changes no weight.
+        """
+        active = [seat for seat in self.present if not seat.done]
+        offers = [seat.offer() for seat in active]
+        losses = self._learn(active, offers)
+        finished = []
+        for seat, rows, loss in zip(active, offers, losses, strict=True):
+            seat.loss += loss
+            seat.taken += len(rows)
+            seat.tokens += sum(len(self.rows.ids[row]) for row in rows)
+            if seat.taken == seat.plan.batch:
+                finished.append(seat)
+        if not finished:
+            return []
+        norms = torch.stack([self.stack.norm(seat.number, seat.recipe.rank) for seat in finished]).tolist()
+        told = [Step(seat, seat.loss, norm) for seat, norm in zip(finished, norms, strict=True)]
+        for seat, norm in zip(finished, norms, strict=True):
+            if math.isfinite(norm) and math.isfinite(seat.loss):
+                self._update(seat, norm)
+            else:
+                self.stack.forget(seat.number)
+            seat.step, seat.taken, seat.loss = seat.step + 1, 0, 0.0
+        return told
+
+    def _update(self, seat: Seat, norm: float) -> None:
+        recipe = seat.recipe
+        now = rate(recipe, seat.step, seat.plan.steps)
+        self.stack.update(
+            seat.number, recipe.rank, shrink=recipe.clip / (norm + 1e-6), rates=(now, now * recipe.lora_plus_ratio),
+            decay=recipe.weight_decay, step=seat.step + 1,
+        )  # fmt: skip
+
+    def _learn(self, active: list[Seat], offers: list[list[int]]) -> list[float]:
+        """Does one forward and one backward; returns each seat's part of its loss."""
+        order = sorted(range(len(active)), key=lambda i: active[i].number)
+        chosen = [(active[i], row) for i in order for row in offers[i]]
+        ids = [self.rows.ids[row] for _, row in chosen]
+        width = max(map(len, ids))
+        tokens = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=self.device)
+        self.stack.layout = self._layout(chosen, width)
+        at, labels, weights, whose = [], [], [], []
+        for i, (seat, row) in enumerate(chosen):
+            first = max(self.rows.prompt_lengths[row], 1)
+            at += range(i * width + first - 1, i * width + len(ids[i]) - 1)
+            labels += ids[i][first:]
+            whose += [seat.number] * (len(ids[i]) - first)
+        shares = torch.zeros(len(self.seats), dtype=self.stack.dtype, device=self.device)
+        for seat in active:
+            shares[seat.number] = 1 / supervised(self.rows, seat.plan, seat.step)
+        whose = torch.tensor(whose, device=self.device)
+        with computing(self.recipe.precision, self.device):
+            hidden = self.model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+            logits = self.model.get_output_embeddings()(hidden.flatten(0, 1)[torch.tensor(at, device=self.device)])
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        each = torch.nn.functional.cross_entropy(logits, torch.tensor(labels, device=self.device), reduction="none")
+        sums = torch.zeros_like(shares).index_add(0, whose, each) * shares
+        self.stack.backward(sums.sum())
+        self.stack.layout = None
+        told = sums.tolist()
+        return [told[seat.number] for seat in active]
+
+    def _layout(self, chosen: list[tuple[Seat, int]], width: int) -> Layout:
+        counts = [0] * len(self.seats)
+        for seat, _ in chosen:
+            counts[seat.number] += width
+        recipes = [seat.recipe for seat, _ in chosen]
+        kind = self.stack.dtype
+
+        def spread(values: list[float], dtype) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype, device=self.device).repeat_interleave(width).unsqueeze(1)
+
+        keep = keys = None
+        if any(recipe.dropout for recipe in recipes):
+            keep = spread([1 - recipe.dropout for recipe in recipes], kind)
+            keys = spread([_key(seat, row) for seat, row in chosen], torch.int64)
+            keys = keys + torch.arange(width, device=self.device).repeat(len(chosen)).unsqueeze(1) * ODD[3]
+        ends = torch.tensor(counts, device=self.device).cumsum(0).to(torch.int32)
+        return Layout(tuple(counts), ends, spread([_scale(recipe) for recipe in recipes], kind), keep, keys)
+
+
+def _scale(recipe: Recipe) -> float:
+    return recipe.alpha / (math.sqrt(recipe.rank) if recipe.adapter == "rslora" else recipe.rank)
+
+
+def _key(seat: Seat, row: int) -> int:
+    return (seat.recipe.seed * ODD[0] + seat.step * ODD[1] + row * ODD[2]) % 2**31
