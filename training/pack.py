@@ -8,7 +8,7 @@ Must not know: reports, limits, Ray, studies.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -42,7 +42,7 @@ def base_of(recipe: Recipe) -> tuple:
 
 @dataclass
 class Seat:
-    """One trial in a pack. `step` counts its finished optimizer steps, `taken` the rows of the current one that were trained on."""
+    """One trial in a pack. `step` counts its finished optimizer steps, `taken` the rows of the current one that are done."""
 
     number: int
     recipe: Recipe
@@ -110,7 +110,8 @@ class Pack:
             ValueError: it cannot be trained here, or no seat is free.
         """
         if (reason := refusal(recipe)) or base_of(recipe) != base_of(self.recipe) or recipe.rank > self.stack.rank:
-            raise ValueError(reason or f"a pack for {base_of(self.recipe)} up to rank {self.stack.rank} has no place for {recipe}")
+            here = f"a pack for {base_of(self.recipe)} up to rank {self.stack.rank}"
+            raise ValueError(reason or f"{here} has no place for {recipe}")
         number = self.seats.index(None)
         self.stack.draw(number, recipe.rank, recipe.seed)
         self.seats[number] = Seat(number, recipe, plan)
@@ -170,7 +171,7 @@ class Pack:
         width = max(map(len, ids))
         tokens = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=self.device)
         self.stack.layout = self._layout(chosen, width)
-        at, labels, weights, whose = [], [], [], []
+        at, labels, whose = [], [], []
         for i, (seat, row) in enumerate(chosen):
             first = max(self.rows.prompt_lengths[row], 1)
             at += range(i * width + first - 1, i * width + len(ids[i]) - 1)

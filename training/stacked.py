@@ -75,7 +75,7 @@ class Stack(torch.nn.Module):
         return self.arrays["weights"][0].dtype
 
     def draw(self, seat: int, rank: int, seed: int) -> None:
-        """Gives a seat new weights, those that PEFT gives an adapter of that rank after `torch.manual_seed(seed)`, and no moments."""
+        """Gives a seat no moments, and the weights that PEFT gives an adapter of that rank after `torch.manual_seed(seed)`."""
         self.clear(seat)
         generator = torch.Generator().manual_seed(seed)
         for name, (out, inside) in self.sizes.items():
