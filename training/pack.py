@@ -7,11 +7,13 @@ Must not know: reports, limits, Ray, studies.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
 import torch
 
+from training import packing
 from training.data import Tokenized
 from training.model import computing, load_model, match
 from training.recipe import Recipe
@@ -91,6 +93,8 @@ class Pack:
         model = load_model(recipe, device=device)
         if dtype == torch.float64:
             model.double()
+        if not packing.packs(model):
+            raise ValueError(f"{recipe.model} cannot have rows of several trials in one forward")
         chosen = match(recipe.targets, shape)
         sizes = {name: chosen[name] for name, _ in model.named_modules() if name in chosen}
         self.stack = Stack(sizes, seats, rank, device=device, dtype=dtype)
@@ -165,50 +169,54 @@ class Pack:
 
     def _learn(self, active: list[Seat], offers: list[list[int]]) -> list[float]:
         """Does one forward and one backward; returns each seat's part of its loss."""
-        order = sorted(range(len(active)), key=lambda i: active[i].number)
-        chosen = [(active[i], row) for i in order for row in offers[i]]
-        ids = [self.rows.ids[row] for _, row in chosen]
-        width = max(map(len, ids))
-        tokens = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=self.device)
-        self.stack.layout = self._layout(chosen, width)
-        at, labels, whose = [], [], []
-        for i, (seat, row) in enumerate(chosen):
-            first = max(self.rows.prompt_lengths[row], 1)
-            at += range(i * width + first - 1, i * width + len(ids[i]) - 1)
-            labels += ids[i][first:]
-            whose += [seat.number] * (len(ids[i]) - first)
+        chosen = sorted(
+            ((seat, row) for seat, rows in zip(active, offers, strict=True) for row in rows), key=lambda pair: pair[0].number
+        )
+        ids, firsts = [self.rows.ids[row] for _, row in chosen], [max(self.rows.prompt_lengths[row], 1) for _, row in chosen]
+        starts = [0, *itertools.accumulate(map(len, ids))]
+        answers = [len(row) - first for row, first in zip(ids, firsts, strict=True)]
+
+        def of(values, dtype=torch.long) -> torch.Tensor:
+            return torch.tensor(list(values), dtype=dtype, device=self.device)
+
+        batch = {
+            "input_ids": of(itertools.chain.from_iterable(ids))[None],
+            "position_ids": of(at for row in ids for at in range(len(row)))[None],
+            "keep": of(at for start, row, first in zip(starts, ids, firsts, strict=False)
+                       for at in range(start + first - 1, start + len(row) - 1)),
+            "rows": (packing.together([len(row) for row in ids], device=self.device),),
+        }  # fmt: skip
+        labels = of(token for row, first in zip(ids, firsts, strict=True) for token in row[first:])
+        whose = of(seat.number for (seat, _), count in zip(chosen, answers, strict=True) for _ in range(count))
         shares = torch.zeros(len(self.seats), dtype=self.stack.dtype, device=self.device)
         for seat in active:
             shares[seat.number] = 1 / supervised(self.rows, seat.plan, seat.step)
-        whose = torch.tensor(whose, device=self.device)
+        self.stack.layout = self._layout(chosen, [len(row) for row in ids], batch["position_ids"][0])
         with computing(self.recipe.precision, self.device):
-            hidden = self.model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
-            logits = self.model.get_output_embeddings()(hidden.flatten(0, 1)[torch.tensor(at, device=self.device)])
+            logits = packing.logits_of(self.model, batch)
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        each = torch.nn.functional.cross_entropy(logits, torch.tensor(labels, device=self.device), reduction="none")
+        each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
         sums = torch.zeros_like(shares).index_add(0, whose, each) * shares
         self.stack.backward(sums.sum())
         self.stack.layout = None
         told = sums.tolist()
         return [told[seat.number] for seat in active]
 
-    def _layout(self, chosen: list[tuple[Seat, int]], width: int) -> Layout:
+    def _layout(self, chosen: list[tuple[Seat, int]], lengths: list[int], positions: torch.Tensor) -> Layout:
         counts = [0] * len(self.seats)
-        for seat, _ in chosen:
-            counts[seat.number] += width
-        recipes = [seat.recipe for seat, _ in chosen]
-        kind = self.stack.dtype
+        for (seat, _), length in zip(chosen, lengths, strict=True):
+            counts[seat.number] += length
+        recipes, repeats = [seat.recipe for seat, _ in chosen], torch.tensor(lengths, device=self.device)
 
         def spread(values: list[float], dtype) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype, device=self.device).repeat_interleave(width).unsqueeze(1)
+            return torch.tensor(values, dtype=dtype, device=self.device).repeat_interleave(repeats).unsqueeze(1)
 
         keep = keys = None
         if any(recipe.dropout for recipe in recipes):
-            keep = spread([1 - recipe.dropout for recipe in recipes], kind)
-            keys = spread([_key(seat, row) for seat, row in chosen], torch.int64)
-            keys = keys + torch.arange(width, device=self.device).repeat(len(chosen)).unsqueeze(1) * ODD[3]
+            keep = spread([1 - recipe.dropout for recipe in recipes], self.stack.dtype)
+            keys = spread([_key(seat, row) for seat, row in chosen], torch.int64) + positions.unsqueeze(1) * ODD[3]
         ends = torch.tensor(counts, device=self.device).cumsum(0).to(torch.int32)
-        return Layout(tuple(counts), ends, spread([_scale(recipe) for recipe in recipes], kind), keep, keys)
+        return Layout(tuple(counts), ends, spread([_scale(recipe) for recipe in recipes], self.stack.dtype), keep, keys)
 
 
 def _scale(recipe: Recipe) -> float:

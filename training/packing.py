@@ -24,7 +24,7 @@ TRIED = (3, 3, 4)  # tokens of the rows on which a model is tried
 
 @dataclass(frozen=True)
 class Group:
-    """Rows beside each other that attention takes together: `lengths` of each in tokens, ascending.
+    """Rows beside each other that attention takes together: `lengths` of each in tokens.
 
     `places`: int64 (tokens,), where each token lies when the rows are padded to the longest; None where they are equally long.
     """
@@ -38,7 +38,7 @@ class Group:
 
     def taken(self, tokens: torch.Tensor) -> torch.Tensor:
         """Returns (tokens, heads, head size) as (rows, heads, longest, head size); zeros where a row has ended."""
-        count, longest = len(self.lengths), self.lengths[-1]
+        count, longest = len(self.lengths), max(self.lengths)
         if self.places is not None:
             # Zeros and nobody's tokens: what is computed of them is thrown away, but its gradient, 0, is multiplied with it.
             tokens = tokens.new_zeros(count * longest, *tokens.shape[1:]).index_copy(0, self.places, tokens)
@@ -54,13 +54,15 @@ Rows = tuple[Group, ...]  # of a packed forward, in the order of its tokens
 
 def grouped(lengths: list[int], *, device) -> Rows:
     """Returns rows of ascending lengths in groups."""
-    groups = []
-    for same in alike(lengths):
-        places = None
-        if same[0] < same[-1]:
-            places = torch.tensor([row * same[-1] + at for row, length in enumerate(same) for at in range(length)], device=device)
-        groups.append(Group(tuple(same), places))
-    return tuple(groups)
+    return tuple(together(same, device=device) for same in alike(lengths))
+
+
+def together(lengths: list[int], *, device) -> Group:
+    """Returns rows of any lengths as one group."""
+    longest, places = max(lengths), None
+    if min(lengths) < longest:
+        places = torch.tensor([row * longest + at for row, length in enumerate(lengths) for at in range(length)], device=device)
+    return Group(tuple(lengths), places)
 
 
 def batch_of(ids: list[list[int]], prompt_lengths: list[int], *, device) -> dict:
@@ -109,7 +111,7 @@ def attention(module, query, key, value, attention_mask, *, rows: Rows | None = 
         return sdpa(module, query, key, value, attention_mask, sliding_window=sliding_window, **options)
     found, sizes = [], [group.tokens for group in rows]
     for group, *parts in zip(rows, *(each[0].transpose(0, 1).split(sizes) for each in (query, key, value)), strict=True):
-        alone, length, mask = [group.taken(part) for part in parts], group.lengths[-1], None
+        alone, length, mask = [group.taken(part) for part in parts], max(group.lengths), None
         if sliding_window is not None and sliding_window < length:
             seen = torch.ones((length, length), dtype=torch.bool, device=query.device)
             mask = (seen.tril() & seen.triu(1 - sliding_window))[None, None]
