@@ -34,6 +34,7 @@ space:
   rank: {{type: choice, values: [4, 8, 16]}}
 objectives: [accuracy, peak_bytes]   # without seconds nothing is timed alone afterwards
 algorithm: random
+keep: all   # the records of trials are compared
 budget: {{trials: {trials}, parallel: {parallel}}}
 """
 
