@@ -20,7 +20,7 @@ from hpo.spec import SIZE_LIMIT, load, parse
 from training.model import EMBEDDED
 
 JARGON = re.compile(
-    r"[Ii]nput should|union|pydantic|NoneType|Traceback|dictionary|instance of|tuple|validation|\bstr\b|parse string"
+    r"[Ii]nput should|union|pydantic|NoneType|Traceback|dictionary|instance of|tuple|validation error|\bstr\b|parse string"
 )
 GOOD = {
     "name": "name: s",
@@ -243,8 +243,8 @@ WRONG = {
         "space: {bits: [32, 4], dropout: {type: choice, values: [0.1], when: {bits: 8}}}",
         {"space.dropout.when.bits": "[32, 4] | got 8 | bits"},
     ),
-    "when of a list": (
-        "space: {bits: [32, 4], rank: {type: choice, values: [8], when: {bits: [4]}}}",
+    "when of a mapping": (
+        "space: {bits: [32, 4], rank: {type: choice, values: [8], when: {bits: {a: 4}}}}",
         {"space.rank.when.bits": "number"},
     ),
     "a start point outside": (
