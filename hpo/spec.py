@@ -21,7 +21,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from hpo import algorithms, choosing, extensions, objectives, stopping
 from hpo.choosing import Choose
 from hpo.errors import NotFound, Problem, SpecError, nearest, rule_of
-from hpo.space import Params, Space, in_recipe, problems
+from hpo.space import LENGTHS, Params, Space, in_recipe, problems
 from hpo.verdict import Certify
 from serving.endpoint import EngineSettings
 from serving.endpoint import Limits as ServingLimits
@@ -366,6 +366,9 @@ def _set(raw: dict, item: str) -> None:
         if not isinstance(child, dict):
             raise SpecError(Problem(f"--set {item}", f"{name} is no mapping.", "Name a field that exists."))
         raw = child
+    if parents == ["recipe"] and last in LENGTHS and value is not None:  # what is said last of a run's length holds
+        for other in LENGTHS:
+            raw.pop(other, None)
     raw[last] = value
 
 

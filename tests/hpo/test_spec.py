@@ -194,3 +194,8 @@ def test_budget_resources_and_order_may_change(tmp_path):
 def test_an_unknown_option_of_a_good_algorithm_is_found_when_the_study_loads(tmp_path):
     with pytest.raises(SpecError, match="algorithm.level: is not an option of grid. Did you mean levels"):
         load(simulated(tmp_path, algorithm={"name": "grid", "level": 3}))
+
+
+def test_a_length_that_is_set_takes_the_place_of_the_files_own(tmp_path):
+    written = simulated(tmp_path, recipe={"epochs": 2})
+    assert (recipe := load(written, ["recipe.steps=5"]).spec.recipe).steps == 5 and recipe.epochs is None
