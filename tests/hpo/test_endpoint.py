@@ -228,7 +228,7 @@ def test_hpo_endpoint_deploy_serves_until_it_is_interrupted(study, tmp_path):
         assert made.ask("hello", max_tokens=2)["model"] == "bot@v2", said  # the newest, as none is live
     finally:
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=90)
     assert process.returncode == 0, err
     assert "Endpoint bot at http://127.0.0.1:" in out
     assert replicas(folder) == []
@@ -239,7 +239,7 @@ def test_hpo_endpoint_deploy_serves_until_it_is_interrupted(study, tmp_path):
     while "Serving until Ctrl-C" not in process.stderr.readline():
         assert process.poll() is None
     endpoints.remove(study.spec.storage, "bot")
-    assert process.wait(30) == 0 and not folder.exists()
+    assert process.wait(90) == 0 and not folder.exists()
     process.communicate()
     for model in study.models():
         study.store.set_stage("bot", model.version, "candidate")
