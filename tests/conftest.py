@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+import signal
 
 import pytest
 
@@ -10,6 +11,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.pop("RAY_ADDRESS", None)
+# A shell starts what it runs in the background with SIGINT ignored, and that is inherited; some tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def in_one_go(nodeid):
