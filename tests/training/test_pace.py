@@ -96,12 +96,10 @@ def test_operations_are_those_that_torch_counts(make_job, fields):
     planned = schedule.plan(job.recipe, rows, workers=1)
     run = set_up(job, SHAPE, planned, World(), "cpu")
     chunks = planned.micro_batches(0, 0, 1)
-    tokens = len(chunks[0]) * max(len(rows.ids[r]) for r in chunks[0])
+    tokens, answers = sum(len(rows.ids[r]) for r in chunks[0]), schedule.supervised(rows, planned, 0)
     with FlopCounterMode(display=False) as counter:
-        run.step(rows, chunks, schedule.supervised(rows, planned, 0), 1e-3)
-    answers = 1 + max(len(rows.ids[r]) - rows.prompt_lengths[r] for r in chunks[0])
-    longest = tokens // len(chunks[0])
-    told = count(job.recipe, SHAPE, Rows(len(chunks[0]), tokens), response=answers / longest)
+        run.step(rows, chunks, answers, 1e-3)
+    told = count(job.recipe, SHAPE, Rows(len(chunks[0]), tokens), response=answers / tokens)
     assert told.operations == pytest.approx(counter.get_total_flops(), rel=0.2)
 
 
