@@ -103,7 +103,8 @@ def compare(models: list[dict], job: dict, *, shown: int = 20) -> dict[str, Any]
         {"prompt": text, "expected": expected[i], **{who: said[i] for who, said in answers.items()}}
         for i, text in zip(order, texts, strict=True)
     ]
-    groups = {"answer": expected, "tokens of the prompt": held_out.prompt_lengths, "tokens of the answer": scored[-1]["tokens"]}
+    lengths = list(held_out.prompt_lengths)  # from the cache they are no list
+    groups = {"answer": expected, "tokens of the prompt": lengths, "tokens of the answer": scored[-1]["tokens"]}
     return {"models": scored, "rows": rows, "groups": groups, "overlap": _overlap(read_rows, prepared.train, held_out),
             "machine": _machine()}  # fmt: skip
 

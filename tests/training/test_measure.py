@@ -41,6 +41,13 @@ def test_models_are_compared_row_by_row(make_job, tmp_path):
     assert found["machine"]["gemm_seconds"] > 0
 
 
+def test_a_comparison_on_all_rows_of_the_cache_is_json(make_job, tmp_path):
+    job = make_job(model="embedded", steps=1, cache=str(tmp_path / "cache"))
+    models = [{"who": "base", "recipe": job.recipe.model_dump(mode="json"), "checkpoint": None}]
+    found = json.loads(json.dumps(measure.compare(models, job.model_dump(mode="json"), shown=2)))
+    assert len(found["groups"]["tokens of the prompt"]) == len(found["models"][0]["right"])
+
+
 def test_judging_gives_the_scores_of_the_comparison_and_no_answers(make_job, tmp_path):
     job = make_job(steps=2, output=str(tmp_path / "adapter"), evaluation=EvaluationConfig(reports=1, test_rows=6))
     outcome = loop.train(job)
