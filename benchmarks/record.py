@@ -47,6 +47,18 @@ def commit() -> str:
     return done.stdout.strip()
 
 
+def show(key: str, value: object) -> None:
+    """Prints a figure, or a table where it is a list of equal records."""
+    if not (isinstance(value, list) and value and isinstance(value[0], dict)):
+        print(f"  {key:26} {value}")
+        return
+    print(f"  {key}")
+    columns = list(value[0])
+    widths = [max(len(str(name)), *(len(str(row.get(name))) for row in value)) for name in columns]
+    for row in [dict(zip(columns, columns, strict=True)), *value]:
+        print("    " + "  ".join(str(row.get(name)).rjust(width) for name, width in zip(columns, widths, strict=True)))
+
+
 def finish(name: str, figures: dict[str, Any], *, quick: bool) -> None:
     """Writes the figures to results/NAME.json (not with --quick) and prints them as the last line."""
     result = {"benchmark": name, **figures, "machine": machine(), "versions": versions(), "commit": commit(),

@@ -140,6 +140,7 @@ def _train(job: Job, report: Report, world: World, device: str, ledger: _Ledger)
         _check_limit(job.limits.peak_bytes, ledger.peak, "peak bytes")
     run = set_up(job, shape, planned, world, device)
     ledger.trainable = sum(zero.elements(p) for p in run.parameters)
+    ledger.conditions["packed"] = run.packed  # a model that cannot be is padded
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     kept = _checkpoints(job, run, identity(recipe, planned.steps, len(rows)), ledger) if job.resume else None

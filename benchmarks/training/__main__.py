@@ -51,7 +51,7 @@ def main() -> None:
     for name, found in parts.items():
         print(f"\n{name} ({found['took_seconds']} s)")
         for key, value in found.items():
-            _print(key, value)
+            record.show(key, value)
     figures = {name: next((found[name] for found in parts.values() if name in found), None) for name in TARGETS}
     print()
     for name, (wanted, holds) in TARGETS.items():
@@ -69,18 +69,6 @@ def _part(name: str, storage: Path, quick: bool) -> None:
     found = json.loads(aside.read_text()) | {"took_seconds": round(time.monotonic() - began, 1)}
     aside.write_text(json.dumps(found, indent=1))
     aside.replace(storage / f"{name}.json")
-
-
-def _print(key: str, value: object) -> None:
-    """Prints a figure, or a table where it is a list of equal records."""
-    if not (isinstance(value, list) and value and isinstance(value[0], dict)):
-        print(f"  {key:26} {value}")
-        return
-    print(f"  {key}")
-    columns = list(value[0])
-    widths = [max(len(str(name)), *(len(str(row.get(name))) for row in value)) for name in columns]
-    for row in [dict(zip(columns, columns, strict=True)), *value]:
-        print("    " + "  ".join(str(row.get(name)).rjust(width) for name, width in zip(columns, widths, strict=True)))
 
 
 if __name__ == "__main__":

@@ -180,3 +180,10 @@ def test_packing_is_auto_or_off():
     assert Recipe().packing == "auto"
     with pytest.raises(ValueError, match="packing"):
         Recipe(packing="always")
+
+
+def test_an_outcome_says_whether_its_rows_were_packed(make_job):
+    from training.loop import train
+
+    for packing_, packed in (("auto", True), ("off", False)):
+        assert train(make_job(steps=1, packing=packing_)).conditions["packed"] is packed
