@@ -6,6 +6,7 @@ Owns: `run`, `open_study`, `Study`. Must not know: how a command line or a noteb
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import signal
@@ -484,7 +485,7 @@ def _run(
             tell(phase="training", trials=record.spec.budget.trials)
             with _signals_end(search):
                 try:
-                    backend.search(search, data, lambda search: tell(**_progress(search, left)))
+                    backend.search(search, data, on_change=lambda search: tell(**_progress(search, left)))
                 finally:
                     search.close()
                 if search.stopping is None or not search._resume:
@@ -641,7 +642,7 @@ def _quality(spec: Spec):
 
 @dataclass
 class _Backend:
-    search: Callable[[Search, DataConfig, Callable[[Search], None]], None]
+    search: Callable[..., None]  # (search, data, *, on_change)
     call: Callable[[str, dict[str, Any]], Any]
     train: Callable[[Job], Outcome]
     real: bool
@@ -662,7 +663,7 @@ def _backend(spec: Spec, train: Train | None, tell: Callable) -> Iterator[_Backe
 
         function = train or (simulate.train if spec.train == "simulated" else _loop())
         yield _Backend(
-            lambda search, data, on_change: local.run_search(search, function, data, on_change=on_change),
+            lambda search, data, *, on_change: local.run_search(search, function, data, on_change=on_change),
             lambda name, payload: local.call(name, payload, spec.resources),
             alone := lambda job: function(job, lambda progress: None),
             real,
@@ -675,13 +676,14 @@ def _backend(spec: Spec, train: Train | None, tell: Callable) -> Iterator[_Backe
     with tune.connect():
         parallel = tune.concurrency(spec.resources, tune.capacity(), spec.budget.parallel)
         folder = str(spec.folder / "ray")
-        yield _Backend(
-            lambda search, data, on_change: tune.run_search(search, data, parallel=parallel, train=train, on_change=on_change),
-            lambda name, payload: tune.call(name, payload, spec.resources, storage=folder),
-            alone := lambda job: tune.train_alone(job, f"{spec.name}-final", storage=folder),
-            real,
-            alone if real else None,
-        )
+        with tune.groups_of(spec.name, spec.resources, parallel, storage=folder, train=train) as groups:
+            yield _Backend(
+                functools.partial(tune.run_search, parallel=parallel, train=train, groups=groups),
+                functools.partial(tune.call, groups),
+                alone := lambda job: tune.train_alone(groups, job, f"{spec.name}-final"),
+                real,
+                alone if real else None,
+            )
 
 
 def _loop() -> Train:

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ from hpo.errors import BackendError, InputError, Problem
 from hpo.search import Search, job_of
 from serving.targets import haproxy
 from training import own
+from training.mailbox import mailbox_of
+from training.pool import Pool, call_warm, run_warm, takes
 from training.recipe import DataConfig, Job, Outcome, Pause, Progress, Resources
-from training.workers import ENVIRONMENT, GRACE, WorkersFailed, WorkersLost, call_on_group, mailbox_of, run_group
+from training.workers import ENVIRONMENT, GRACE, WorkersFailed, WorkersLost, call_on_group, run_group
 
 # The trial's own process drives its worker group and computes nothing. A share of a CPU would come out of the cluster and
 # could keep the last worker group waiting for ever.
@@ -163,6 +166,7 @@ def run_search(
     train: Callable | None = None,
     on_change: Callable[[Search], None] = lambda search: None,
     grace: float = GRACE,
+    groups: Groups | None = None,
 ) -> None:
     """Runs trials until the search has no more. Ray must be connected.
 
@@ -173,25 +177,25 @@ def run_search(
         train: a user's own train function; default is the loop.
         on_change: is called after every report and every result.
         grace: seconds that a running trial has to end after it was asked to; then its workers are killed.
+        groups: where they run; default: groups that end with the search.
     """
-    folder = search.spec.folder / "ray"
-    folder.mkdir(parents=True, exist_ok=True)
-    with mailbox_of(search.spec.name) as mailbox:
-        course = _Course(search, data, parallel, mailbox, on_change)
-        drive = tune.with_parameters(
-            _drive, mailbox=mailbox, storage=str(folder), train=train, grace=grace, brought=own.now()
-        )
-        tuner = tune.Tuner(
-            tune.with_resources(drive, DRIVER),
-            tune_config=tune.TuneConfig(
-                search_alg=_Searcher(course), scheduler=_Scheduler(course), num_samples=-1, metric="share", mode="max",
-                reuse_actors=True,
-            ),
-            run_config=tune.RunConfig(
-                name="tune", storage_path=str(folder), verbose=0, failure_config=tune.FailureConfig(max_failures=0)
-            ),
-        )  # fmt: skip
-        _fit(tuner, course)
+    if groups is None:
+        folder = str(search.spec.folder / "ray")
+        with groups_of(search.spec.name, search.spec.resources, parallel, storage=folder, train=train) as groups:
+            run_search(search, data, parallel=parallel, train=train, on_change=on_change, grace=grace, groups=groups)
+        return
+    course = _Course(search, data, parallel, groups.mailbox, on_change)
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(_drive, groups=groups, train=train, grace=grace, brought=own.now()), DRIVER),
+        tune_config=tune.TuneConfig(
+            search_alg=_Searcher(course), scheduler=_Scheduler(course), num_samples=-1, metric="share", mode="max",
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name="tune", storage_path=groups.storage, verbose=0, failure_config=tune.FailureConfig(max_failures=0)
+        ),
+    )  # fmt: skip
+    _fit(tuner, course)
 
 
 def _fit(tuner: tune.Tuner, course: _Course) -> None:
@@ -225,8 +229,44 @@ def _fit(tuner: tune.Tuner, course: _Course) -> None:
         raise BackendError(f"Ray Tune ended with {type(box[0]).__name__}: {box[0]}") from box[0]
 
 
-def call(function: str, payload: dict[str, Any], resources: Resources, *, storage: str) -> Any:
-    """Returns `function(**payload)` as called on a worker with these resources, where models can be loaded.
+@dataclass(frozen=True)
+class Groups:
+    """Where runs are done: `warm` groups that take one after another, or a fresh group for each. Other processes can have it."""
+
+    mailbox: Any
+    resources: Resources
+    storage: str
+    warm: bool
+
+    def train(self, job: Job, run: str, *, on_progress: Callable[[Progress], None] = lambda progress: None,
+              train: Callable | None = None, grace: float = GRACE) -> Outcome:  # fmt: skip
+        """Returns the outcome of one job; arguments and errors as `training.workers.run_group`."""
+        if self.warm and takes(job.recipe, job.resources) is None:
+            return run_warm(job, run, self.mailbox, on_progress=on_progress, grace=grace)
+        return run_group(job, run, self.mailbox, storage=self.storage, on_progress=on_progress, train=train, grace=grace)
+
+    def call(self, function: str, payload: dict[str, Any], run: str) -> Any:
+        """Returns `function(**payload)`; arguments and errors as `training.workers.call_on_group`."""
+        if self.warm:
+            return call_warm(function, payload, run, self.mailbox)
+        return call_on_group(function, payload, self.resources, run=run, storage=self.storage)
+
+
+@contextlib.contextmanager
+def groups_of(
+    name: str, resources: Resources, parallel: int, *, storage: str, train: Callable | None = None
+) -> Iterator[Groups]:
+    """Yields where runs are done by `resources.mode`, up to `parallel` at a time; all workers are gone when the block ends."""
+    Path(storage).mkdir(parents=True, exist_ok=True)
+    with mailbox_of(name) as mailbox, contextlib.ExitStack() as stack:
+        warm = resources.mode in ("auto", "warm") and resources.workers == 1
+        if warm:
+            stack.enter_context(Pool(mailbox, resources, parallel, storage=storage, name=name, train=train))
+        yield Groups(mailbox, resources, storage, warm)
+
+
+def call(groups: Groups, function: str, payload: dict[str, Any]) -> Any:
+    """Returns `function(**payload)` as called on a worker, where models can be loaded.
 
     Raises:
         BackendError: it raised, or workers were lost again and again.
@@ -234,7 +274,7 @@ def call(function: str, payload: dict[str, Any], resources: Resources, *, storag
     name = function.rpartition(".")[2]
     for again in reversed(range(TRIES)):
         try:
-            return call_on_group(function, payload, resources, run=f"call-{name}-{time.time_ns()}", storage=storage)
+            return groups.call(function, payload, f"call-{name}-{time.time_ns()}")
         except WorkersLost as error:
             if not again:
                 raise BackendError(f"{name}: workers were lost {TRIES} times, last: {error}") from error
@@ -242,30 +282,28 @@ def call(function: str, payload: dict[str, Any], resources: Resources, *, storag
             raise BackendError(f"{name}: {error}") from error
 
 
-def train_alone(job: Job, name: str, *, storage: str, on_progress: Callable[[Progress], None] = lambda progress: None) -> Outcome:
-    """Returns the outcome of one job on a worker group of its own, outside any search.
+def train_alone(groups: Groups, job: Job, name: str) -> Outcome:
+    """Returns the outcome of one job, outside any search.
 
     Raises:
         BackendError: the training code raised, or workers were lost again and again.
     """
-    with mailbox_of(name) as mailbox:
-        again = TRIES
-        while True:
-            try:
-                outcome = run_group(job, f"{name}-{time.time_ns()}", mailbox, storage=storage, on_progress=on_progress)
-                if outcome.ended != "paused":  # else its worker was told to leave, and it goes on from its checkpoint
-                    return outcome
-            except WorkersLost as error:
-                again -= 1
-                if not again:
-                    raise BackendError(f"{name}: workers were lost {TRIES} times, last: {error}") from error
-            except WorkersFailed as error:
-                raise BackendError(f"{name}: {error}") from error
+    again = TRIES
+    while True:
+        try:
+            outcome = groups.train(job, f"{name}-{time.time_ns()}")
+            if outcome.ended != "paused":  # else its worker was told to leave, and it goes on from its checkpoint
+                return outcome
+        except WorkersLost as error:
+            again -= 1
+            if not again:
+                raise BackendError(f"{name}: workers were lost {TRIES} times, last: {error}") from error
+        except WorkersFailed as error:
+            raise BackendError(f"{name}: {error}") from error
 
 
-def _drive(config: dict, mailbox: Any = None, storage: str = "", train: Callable | None = None, grace: float = GRACE,
-           brought: dict | None = None) -> None:  # fmt: skip
-    """One Tune trial: drives one worker group and ends normally with what came of it, so that the reason is never lost."""
+def _drive(config: dict, groups: Groups, train: Callable | None, grace: float, brought: dict) -> None:
+    """One Tune trial: drives one run and ends normally with what came of it, so that the reason is never lost."""
 
     # Everything is reported by this one thread. Ray's own TuneReportCallback reports from another process, and where Tune is
     # slow to fetch its last report, this one's final report and that one wait for each other for ever.
@@ -275,7 +313,7 @@ def _drive(config: dict, mailbox: Any = None, storage: str = "", train: Callable
     job = Job.model_validate_json(config["job"])
     try:
         with own.given(brought):
-            outcome = run_group(job, config["run"], mailbox, storage=storage, on_progress=pass_on, train=train, grace=grace)
+            outcome = groups.train(job, config["run"], on_progress=pass_on, train=train, grace=grace)
     except InputError as error:
         tune.report({"share": 0.0, "wrong": json.dumps([(p.where, p.rule, p.remedy) for p in error.problems])})
     except WorkersLost as error:

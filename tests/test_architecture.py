@@ -30,7 +30,7 @@ LAYERS = (
 )
 # Nothing but these files may name these libraries.
 ONLY = {
-    "ray": {"hpo/tune.py", "training/workers.py", "serving/targets/ray_serve.py"},
+    "ray": {"hpo/tune.py", "training/mailbox.py", "training/pool.py", "training/workers.py", "serving/targets/ray_serve.py"},
     "optuna": {"hpo/algorithms/_optuna.py", "hpo/algorithms/_gp.py", "hpo/algorithms/_tpe.py", "hpo/exports.py"},
     "pymoo": {"hpo/algorithms/nsga2.py"},
     "moocore": {"hpo/pareto.py"},

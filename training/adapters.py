@@ -56,6 +56,16 @@ def attach(model, recipe: Recipe, shape, *, steps: int = 1):
     return method_of(recipe.adapter).attach(model, recipe, sorted(match(recipe.targets, shape)), steps)
 
 
+def detach(model):
+    """Returns the base without what PEFT has put on it. What another method did cannot be undone; `training.warm` sees it."""
+    if not hasattr(model, "peft_config"):
+        return model
+    base = model.unload()
+    base.disable_input_require_grads()
+    vars(base).pop("_require_grads_hooks", None)
+    return base
+
+
 def method_of(name: str) -> Method:
     """Returns a method by its name, or a user's own.
 

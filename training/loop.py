@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from training import checkpoint, evaluate, metrics, preemption, stability, zero
-from training.data import Prepared, Tokenized, prepare, read, sample
+from training import checkpoint, evaluate, metrics, preemption, stability, warm, zero
+from training.data import Prepared, Tokenized, sample
 from training.errors import wrong
 from training.meter import Counted, Stopwatch, gemm_seconds, operations
-from training.model import Shape, computing, describe, device_of, load_tokenizer
+from training.model import Shape, computing, describe, device_of
 from training.recipe import Job, Outcome, Pause, Progress, Report, clashes
 from training.resumption import Checkpoints, identity, unkept
 from training.run import Run, probe_bytes, set_up
@@ -127,8 +127,7 @@ def _train(job: Job, report: Report, world: World, device: str, ledger: _Ledger)
     for field_name, rule, remedy in clashes(recipe, job.resources):
         raise wrong(f"recipe.{field_name}", rule, remedy)
     shape = ledger.shape = describe(recipe.model, recipe.revision)
-    tokenizer = load_tokenizer(recipe)
-    prepared = prepare(read(job.data), job.data, tokenizer, recipe.max_length, cache=job.cache)
+    tokenizer, prepared = warm.rows_of(job)
     rows = prepared.train if job.rows == "train" else prepared.train + prepared.validation
     held_out = sample(prepared.validation, job.evaluation.rows, seed=0)
     planned = plan(recipe, rows, workers=world.size)
@@ -144,13 +143,18 @@ def _train(job: Job, report: Report, world: World, device: str, ledger: _Ledger)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     kept = _checkpoints(job, run, identity(recipe, planned.steps, len(rows)), ledger) if job.resume else None
-    _steps(job, report, run, planned, rows, lambda: _score(run, held_out, prepared, tokenizer, job, ledger), ledger, kept)
-    folder = None
-    if job.output:
-        with zero.whole(run.inner, run.engine):
-            if world.rank == 0:
-                record = {"recipe": recipe.model_dump(mode="json"), "tokens": ledger.tokens, "metrics": ledger.metrics}
-                folder = checkpoint.save_adapter(run.inner, job.output, record)
+    try:
+        _steps(job, report, run, planned, rows, lambda: _score(run, held_out, prepared, tokenizer, job, ledger), ledger, kept)
+        folder = None
+        if job.output:
+            with zero.whole(run.inner, run.engine):
+                if world.rank == 0:
+                    record = {"recipe": recipe.model_dump(mode="json"), "tokens": ledger.tokens, "metrics": ledger.metrics}
+                    folder = checkpoint.save_adapter(run.inner, job.output, record)
+    except _End:
+        run.close()
+        raise
+    run.close()
     return ledger.outcome(folder=folder)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from training import checkpoint, evaluate, metrics, retention
+from training import checkpoint, evaluate, metrics, retention, warm
 from training.data import Prepared, Rows, Tokenized, prepare, read, sample
 from training.meter import gemm_seconds
 from training.model import computing, describe, device_of, load_model, load_tokenizer
@@ -39,7 +39,7 @@ def time_alone(jobs: list[dict], *, repeats: int = REPEATS, steps: int = STEPS) 
 def _time_one(job: Job, repeats: int, steps: int) -> dict[str, Any]:
     world, device = World(), device_of(job.resources)
     shape = describe(job.recipe.model, job.recipe.revision)
-    rows = prepare(read(job.data), job.data, load_tokenizer(job.recipe), job.recipe.max_length, cache=job.cache).train
+    rows = warm.rows_of(job)[1].train
     planned = plan(job.recipe, rows, workers=1)
     run = set_up(job, shape, planned, world, device)
     chosen = [int((i + 0.5) * planned.steps / min(steps, planned.steps)) for i in range(min(steps, planned.steps))]
@@ -59,6 +59,7 @@ def _time_one(job: Job, repeats: int, steps: int) -> dict[str, Any]:
             torch.cuda.synchronize()
         totals.append((time.perf_counter() - before) / len(chosen) * planned.steps)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+    run.close()
     del run
     gc.collect()
     ordered = sorted(totals)

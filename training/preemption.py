@@ -1,7 +1,8 @@
 """Whether this process was told that it will soon be gone.
 
-Owns: `notice`, `noticed`, `heeding`. A notice is a flag of the whole process: a signal comes to no function in particular, and an
-exception raised from its handler can be lost, where a flag cannot. Must not know: what is done about it.
+Owns: `notice`, `noticed`, `heeding`, and `pause`, which is for the run of the moment alone. A notice is a flag of the whole
+process: a signal comes to no function in particular, and an exception raised from its handler can be lost, where a flag cannot.
+Must not know: what is done about it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_told = threading.Event()
+_told, _pause = threading.Event(), threading.Event()
 
 
 def notice(*_) -> None:
@@ -21,12 +22,23 @@ def notice(*_) -> None:
 
 def noticed() -> bool:
     """Says whether notice was given: at its next step a run leaves a checkpoint and ends as `paused`."""
-    return _told.is_set()
+    return _told.is_set() or _pause.is_set()
 
 
 def forget() -> None:
     """Takes the notice back."""
     _told.clear()
+    _pause.clear()
+
+
+def pause() -> None:
+    """Gives notice to the run of the moment; the process stays for others."""
+    _pause.set()
+
+
+def go_on() -> None:
+    """Says that the run which was to pause is over."""
+    _pause.clear()
 
 
 @contextmanager

@@ -274,7 +274,11 @@ class Resources(Frozen):
     gpus: Number = Field(0, ge=0, le=64, description="per worker")
     cpus: Number = Field(1, ge=0, le=1024, description="per worker")
     price: Number | None = Field(None, gt=0, description="currency units per hour of one device: a GPU, or a worker without")
-    mode: Literal["fresh", "local"] = Field("fresh", description="a Ray Train worker group per trial, or this process")
+    mode: Literal["auto", "warm", "fresh", "local"] = Field(
+        "auto",
+        description="warm: worker groups that stay up and take trial after trial; fresh: one per trial; auto: warm where a "
+        "recipe can be trained so; local: this process",
+    )
     save: Number = Field(60, ge=0, description="seconds between two checkpoints of a running trial; a shorter one writes none")
 
 

@@ -14,8 +14,8 @@ from functools import cached_property
 
 import torch
 
-from training import evaluate, optimizers, packing, zero
-from training.adapters import attach, method_of
+from training import evaluate, optimizers, packing, warm, zero
+from training.adapters import attach, detach, method_of
 from training.data import Tokenized
 from training.errors import wrong
 from training.meter import count_bytes
@@ -44,6 +44,11 @@ class Run:
     packed: bool
     done: int = 0
     accept: Callable[[float, float], bool] | None = None  # (loss, norm) of a step -> whether it is done; not asked with an engine
+
+    def close(self) -> None:
+        """Gives the base back, for the next run in this process where it keeps bases; this one is over."""
+        if self.engine is None:
+            warm.give_back(detach(self.inner))
 
     @cached_property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -142,8 +147,12 @@ def scaler_of(recipe: Recipe, device: str, *, start: float = 2.0**16) -> torch.a
 def set_up(job: Job, shape, planned: Plan, world: World, device: str) -> Run:
     """Returns a fresh run: base model loaded, adapter attached, optimizer, and data-parallel wrapping where asked."""
     recipe = job.recipe
-    # At stage 3 no worker's device may ever hold the whole: tensors go there one by one, and each worker keeps its part.
-    base = load_model(recipe, device="cpu" if recipe.zero_stage == 3 else device)
+    # DeepSpeed changes a model in ways that nobody undoes; and at stage 3 no worker's device may ever hold the whole: tensors go
+    # there one by one, and each worker keeps its part.
+    if recipe.zero_stage:
+        base = load_model(recipe, device="cpu" if recipe.zero_stage == 3 else device)
+    else:
+        base = warm.take(recipe, device=device)
     inner = attach(base, recipe, shape, steps=planned.steps)
     packed = recipe.packing == "auto" and packing.packs(base)
     torch.manual_seed(recipe.seed + world.rank)
@@ -180,6 +189,7 @@ def probe_bytes(job: Job, shape, planned: Plan, rows: Tokenized, world: World, d
     with count_bytes(run.held()) as counter:
         for _ in range(2):
             run.step(rows, chunks, tokens, 0.0)
+    run.close()
     del run
     gc.collect()
     return counter.peak

@@ -1,6 +1,6 @@
-"""Training on Ray Train worker groups. One of the three files that know Ray.
+"""Training on fresh Ray Train worker groups, one for each job.
 
-Owns: `run_group` (one job on a fresh group), `call_on_group` (any function on a group), the mailbox between a run and its driver.
+Owns: `run_group` (one job on a fresh group), `call_on_group` (any function on a group), `Fit` (one group, of any kind).
 Must not know: Tune, studies, searches.
 
 A run ends cooperatively: every report of its main worker is answered with the reason to end, if there is one, and the loop
@@ -15,12 +15,11 @@ import contextlib
 import importlib
 import json
 import logging
-import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -30,8 +29,7 @@ from ray.exceptions import NodeDiedError, RayActorError, WorkerCrashedError
 from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
-from ray.util import get_current_placement_group, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util import get_current_placement_group
 
 from training import own, preemption
 from training.errors import InputError
@@ -72,75 +70,6 @@ class WorkersFailed(Exception):
     """The training code raised: the same recipe would raise it again."""
 
 
-@dataclass
-class _Run:
-    reports: list[str] = field(default_factory=list)
-    reason: str | None = None
-    asked: float | None = None
-    group: Any = None
-
-
-@ray.remote(num_cpus=0)
-class Mailbox:
-    """Between the main workers of runs and those who drive them: reports, the reason to end, and each run's placement group."""
-
-    def __init__(self):
-        self._runs: dict[str, _Run] = {}
-
-    def _run(self, run: str) -> _Run:
-        return self._runs.setdefault(run, _Run())
-
-    # Called by a main worker
-
-    def started(self, run: str, group: Any) -> str | None:
-        """Keeps the placement group of a run, so that it can be freed; returns the reason to end before it begins, if any."""
-        self._run(run).group = group
-        return self._run(run).reason
-
-    def heard(self, run: str) -> str | None:
-        """Returns the reason to end, if any."""
-        return self._runs[run].reason if run in self._runs else None
-
-    def report(self, run: str, progress: str) -> str | None:
-        """Keeps a report for the driver; returns the reason to end, if any."""
-        self._run(run).reports.append(progress)
-        return self._run(run).reason
-
-    # Called by those who drive runs
-
-    def stop(self, run: str, reason: str) -> None:
-        """Asks a run to end; the first reason counts."""
-        if self._run(run).reason is None:
-            self._run(run).reason, self._run(run).asked = reason, time.monotonic()
-
-    def poll(self, run: str) -> tuple[list[str], str | None, float]:
-        """Returns the reports since the last call, the reason to end, and the seconds since it was given (0 without one)."""
-        kept = self._run(run)
-        reports, kept.reports = kept.reports, []
-        return reports, kept.reason, time.monotonic() - kept.asked if kept.asked is not None else 0.0
-
-    def free(self, run: str) -> None:
-        """Ends a run's worker group by removing its placement group."""
-        if (group := self._run(run).group) is not None:
-            remove_placement_group(group)
-
-    def forget(self, run: str) -> None:
-        """Drops what is kept of a run that has ended."""
-        self._runs.pop(run, None)
-
-
-@contextlib.contextmanager
-def mailbox_of(name: str) -> Iterator[Any]:
-    """Yields a new Mailbox that ends with the block. It sits with its creator: a worker's node may be taken away."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    unique = f"paretune-{name}-{os.getpid()}-{time.monotonic_ns()}"
-    mailbox = Mailbox.options(name=unique, scheduling_strategy=here).remote()
-    try:
-        yield mailbox
-    finally:
-        ray.kill(mailbox)
-
-
 def run_group(
     job: Job,
     run: str,
@@ -170,12 +99,12 @@ def run_group(
         InputError: the training code found the user's mistake.
     """
     config = {"job": job.model_dump_json(), "run": run, "mailbox": mailbox, "train": train, "own": own.now()}
-    fit = _Fit(_train_worker, config, job.resources, run, storage)
+    fit = Fit(_train_worker, config, job.resources, run, storage)
     killed, reason = False, None
 
     def look() -> float:
         nonlocal reason
-        reports, reason, asked = ray.get(mailbox.poll.remote(run))
+        reports, reason, asked, _ = ray.get(mailbox.poll.remote(run))
         for report in reports:
             on_progress(Progress.model_validate_json(report))
         return asked
@@ -197,7 +126,7 @@ def run_group(
     if killed or fit.left:
         said = f"{reason} (killed: it did not end within {grace:g} s)" if killed else reason
         return Outcome(ended="stopped", reason=said, share=0)
-    return _classify(fit.error)
+    return classify(fit.error)
 
 
 def call_on_group(function: str, payload: dict[str, Any], resources: Resources, *, run: str, storage: str) -> Any:
@@ -209,16 +138,16 @@ def call_on_group(function: str, payload: dict[str, Any], resources: Resources, 
     Raises:
         WorkersLost, WorkersFailed, InputError: as `run_group`. What ran out of memory counts as failed.
     """
-    config = {"function": function, "payload": json.dumps(payload), "threads": _threads(resources), "own": own.now()}
-    fit = _Fit(_call_worker, config, resources.model_copy(update={"workers": 1}), run, storage)
+    config = {"function": function, "payload": json.dumps(payload), "threads": threads_of(resources), "own": own.now()}
+    fit = Fit(_call_worker, config, resources.model_copy(update={"workers": 1}), run, storage)
     while fit.running():
         pass
     if fit.error is not None:
-        raise WorkersFailed(_classify(fit.error).reason)
+        raise WorkersFailed(classify(fit.error).reason)
     return json.loads(fit.value)
 
 
-class _Fit:
+class Fit:
     """One Ray Train run in a thread of its own.
 
     In a thread for two reasons: its caller can look after other things meanwhile, and in the main thread Ray Train would
@@ -241,6 +170,11 @@ class _Fit:
             run_config=ray.train.RunConfig(name=run, storage_path=storage, failure_config=once),
         )
         threading.Thread(target=self._work, name=f"fit-{run}", daemon=True).start()
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is over, with a value or an error."""
+        return self._ended.is_set()
 
     def running(self) -> bool:
         """Says whether it still runs, after waiting for a moment."""
@@ -274,34 +208,47 @@ def _train_worker(config: dict) -> str:
     reason = ray.get(mailbox.started.remote(run, get_current_placement_group())) if main else None
     if reason := World.join().agree(reason):
         return Outcome(ended="stopped", reason=reason, share=0).model_dump_json()
-    torch.set_num_threads(_threads(job.resources))
+    torch.set_num_threads(threads_of(job.resources))
     threading.Thread(target=_listen, args=(mailbox if main else None, run), name="listen", daemon=True).start()
 
     def report(progress: Progress) -> str | None:
         return ray.get(mailbox.report.remote(run, progress.model_dump_json())) if main else None
 
-    train = config["train"]
+    with _in_words(), own.given(config["own"]):
+        return trained(job, config["train"], report).model_dump_json()
+
+
+def trained(job: Job, train: Callable | None, report: Callable[[Progress], str | None]) -> Outcome:
+    """Returns what the train function, by default our loop, makes of a job."""
     if train is None:
         from training.loop import train
 
         quiet()
-    with _in_words(), own.given(config["own"]):
-        outcome = train(job, report)
-        if not isinstance(outcome, Outcome):
-            raise TypeError(f"the train function must return an Outcome, got {type(outcome).__name__}")
-        return outcome.model_dump_json()
+    outcome = train(job, report)
+    if not isinstance(outcome, Outcome):
+        raise TypeError(f"the train function must return an Outcome, got {type(outcome).__name__}")
+    return outcome
+
+
+def called(work: dict) -> str:
+    """Returns as JSON what the function named in `work` returns for its payload."""
+    module, _, name = work["function"].rpartition(".")
+    return json.dumps(getattr(importlib.import_module(module), name)(**json.loads(work["payload"])))
 
 
 def _listen(mailbox: Any, run: str) -> None:
     """Gives notice where the run is to pause, or its node is about to be taken away: the next report may be far."""
-    here = ray.get_runtime_context().get_node_id()
     with contextlib.suppress(RayActorError):
         while not preemption.noticed():
             time.sleep(HEARING)
-            # What Ray Train's own watcher asks (ray.train.get_preemption_info), which would be a process more per group.
-            leaves = here in ray._private.state.state.get_draining_nodes()
-            if leaves or (mailbox is not None and isinstance(ray.get(mailbox.heard.remote(run)), Pause)):
+            if drained() or (mailbox is not None and isinstance(ray.get(mailbox.heard.remote(run)), Pause)):
                 preemption.notice()
+
+
+def drained() -> bool:
+    """Says whether this process's node is about to be taken away."""
+    # What Ray Train's own watcher asks (ray.train.get_preemption_info), which would be a process more per group.
+    return ray.get_runtime_context().get_node_id() in ray._private.state.state.get_draining_nodes()
 
 
 def _heed_sigterm() -> None:
@@ -330,9 +277,8 @@ class _Torch(TorchConfig):
 def _call_worker(config: dict) -> str:
     torch.set_num_threads(config["threads"])
     quiet()
-    module, _, name = config["function"].rpartition(".")
     with _in_words(), own.given(config["own"]):
-        return json.dumps(getattr(importlib.import_module(module), name)(**json.loads(config["payload"])))
+        return called(config)
 
 
 @contextlib.contextmanager
@@ -345,7 +291,8 @@ def _in_words() -> Iterator[None]:
         raise Raised(f"{type(error).__name__}: {error}") from error
 
 
-def _threads(resources: Resources) -> int:
+def threads_of(resources: Resources) -> int:
+    """Returns the torch threads of one worker."""
     return max(1, int(resources.cpus))
 
 
@@ -358,7 +305,7 @@ def quiet() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def _classify(error: BaseException) -> Outcome:
+def classify(error: BaseException) -> Outcome:
     """Returns an outcome for what is a result, and raises what is not."""
     failures = [_cause(f) for f in (getattr(error, "worker_failures", None) or {0: error}).values()]
     for failure in failures:

@@ -45,7 +45,8 @@ def main(folder: str) -> None:
     from ray.cluster_utils import Cluster
 
     from hpo.tune import environment
-    from training.workers import mailbox_of, run_group
+    from training.mailbox import mailbox_of
+    from training.workers import run_group
 
     here = {"node_ip_address": "127.0.0.1", "num_cpus": 1, "object_store_memory": 80_000_000}
     cluster = Cluster(initialize_head=True, head_node_args={**here, "temp_dir": f"{folder}/r", "include_dashboard": False})

@@ -1,0 +1,255 @@
+"""Warm groups: Ray Train worker groups that stay up and take one piece of work after another.
+
+Owns: `Pool` (how many groups there are), `run_warm` and `call_warm` (work for them), what such a group does.
+Must not know: Tune, studies, searches.
+
+A group takes work from the mailbox as long as there is some; what trials share (base, tokenized rows) it keeps, see
+`training.warm`. One that dies takes its run with it and is replaced while there is work; one that has nothing to do for a while
+goes home, and so its resources can be had. Groups have one worker each: a group of several fails as one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+import torch
+from ray.util import get_current_placement_group
+
+from training import own, preemption, warm
+from training.errors import InputError, Problem
+from training.loop import out_of_memory
+from training.recipe import Job, Outcome, Pause, Progress, Recipe, Resources
+from training.workers import (
+    GRACE,
+    HEARING,
+    Fit,
+    WorkersFailed,
+    WorkersLost,
+    called,
+    classify,
+    drained,
+    quiet,
+    threads_of,
+    trained,
+)
+
+PATIENCE = 60.0  # seconds without work after which a group goes home
+LOOK = 1.0  # seconds that a wait lasts before whoever waits looks around
+
+
+class Pool:
+    """Keeps as many warm groups as there is work for, up to `size`. Use as a context; at its end all groups are gone."""
+
+    def __init__(self, mailbox: Any, resources: Resources, size: int, *, storage: str, name: str, train: Callable | None = None):
+        """Starts nothing: the first piece of work does.
+
+        Args:
+            mailbox: a Mailbox actor of this pool's own.
+            resources: of the one worker of each group.
+            size: groups at most.
+            storage: folder for Ray Train's own files.
+            name: of the groups, unique in the cluster.
+            train: the train function; default `training.loop.train`. Must be picklable.
+        """
+        self.mailbox, self.started = mailbox, 0
+        self._resources, self._size, self._storage, self._name = resources, size, storage, f"{name}-{time.time_ns()}"
+        self._config = {"mailbox": mailbox, "train": train, "own": own.now(), "threads": threads_of(resources)}
+        self._groups: dict[str, Fit] = {}
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._work, name=f"pool-{name}", daemon=True)
+
+    def __enter__(self) -> Pool:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._closing.set()
+        ray.get(self.mailbox.close.remote())
+        self._thread.join()
+
+    def _work(self) -> None:
+        demand = 0
+        while not self._closing.is_set():
+            self._reap()
+            demand = ray.get(self.mailbox.demand.remote(demand, LOOK))
+            while len(self._groups) < min(self._size, demand):
+                self._start()
+        # A group that still waits for resources is told so by `leave`; one that waits for work, by the mailbox.
+        for group in self._groups.values():
+            group.leave()
+        end = time.monotonic() + GRACE
+        while self._groups and time.monotonic() < end:
+            self._reap()
+
+    def _start(self) -> None:
+        name = f"{self._name}-{self.started}"
+        self.started += 1
+        alone = self._resources.model_copy(update={"workers": 1})
+        self._groups[name] = Fit(_serve, self._config | {"group": name}, alone, name, self._storage)
+
+    def _reap(self) -> None:
+        for name, fit in list(self._groups.items()):
+            if fit.ended:
+                del self._groups[name]
+                if fit.error is not None:
+                    ray.get(self.mailbox.lost.remote(name, _said_of(fit.error)))
+
+
+def _said_of(error: BaseException) -> dict:
+    """Returns the result of the run that a group was doing when it ended with an error."""
+    try:
+        return {"outcome": classify(error).model_dump_json()}
+    except WorkersLost as lost:
+        return {"lost": str(lost)}
+    except WorkersFailed as failed:
+        return {"failed": str(failed)}
+    except InputError as wrong:
+        return _wrong(wrong)
+
+
+def takes(recipe: Recipe, resources: Resources) -> str | None:
+    """Returns why a recipe cannot be trained by a warm group, or None."""
+    if resources.workers > 1:
+        return f"resources.workers: {resources.workers} workers fail as one"
+    if recipe.zero_stage:
+        return f"recipe.zero_stage: {recipe.zero_stage} changes the base in ways that nobody undoes"
+    return None
+
+
+def run_warm(
+    job: Job, run: str, mailbox: Any, *, on_progress: Callable[[Progress], None] = lambda progress: None, grace: float = GRACE
+) -> Outcome:
+    """Returns the outcome of one job on a warm group of the pool behind the mailbox; arguments and errors as `run_group`."""
+    ray.get(mailbox.submit.remote(run, {"job": job.model_dump_json()}))
+    return _awaited(run, mailbox, on_progress, grace)
+
+
+def call_warm(function: str, payload: dict[str, Any], run: str, mailbox: Any) -> Any:
+    """Returns `function(**payload)` as called on a warm group; arguments and errors as `call_on_group`."""
+    ray.get(mailbox.submit.remote(run, {"function": function, "payload": json.dumps(payload)}))
+    return _awaited(run, mailbox, lambda progress: None, GRACE)
+
+
+def _awaited(run: str, mailbox: Any, on_progress: Callable[[Progress], None], grace: float) -> Any:
+    killed = False
+    while True:
+        reports, reason, asked, result = ray.get(mailbox.poll.remote(run, LOOK))
+        for report in reports:
+            on_progress(Progress.model_validate_json(report))
+        if result is not None:
+            break
+        if asked > grace and not killed:
+            killed = True
+            ray.get(mailbox.free.remote(run))
+        if asked > 2 * grace:
+            result = {"lost": "its group did not end"}
+            break
+    ray.get(mailbox.forget.remote(run))
+    if killed and "lost" in result:
+        return Outcome(ended="stopped", reason=f"{reason} (killed: it did not end within {grace:g} s)", share=0)
+    return _result(result)
+
+
+def _result(result: dict) -> Any:
+    if "outcome" in result:
+        return Outcome.model_validate_json(result["outcome"])
+    if "value" in result:
+        return json.loads(result["value"])
+    if "stopped" in result:
+        return Outcome(ended="stopped", reason=result["stopped"], share=0)
+    if "wrong" in result:
+        raise InputError(*(Problem(*said) for said in result["wrong"]))
+    if "failed" in result:
+        raise WorkersFailed(result["failed"])
+    raise WorkersLost(result["lost"])
+
+
+def _wrong(error: InputError) -> dict:
+    return {"wrong": [(problem.where, problem.rule, problem.remedy) for problem in error.problems]}
+
+
+# On a worker
+
+
+def _serve(config: dict) -> None:
+    """Takes work until there is none, or this process is told to leave, or something went wrong that might have left traces."""
+    mailbox, name, here = config["mailbox"], config["group"], get_current_placement_group()
+    torch.set_num_threads(config["threads"])
+    quiet()
+    ear = _Ear(mailbox)
+    since = time.monotonic()
+    with warm.keeping(), own.given(config["own"]):
+        while not preemption.noticed() and time.monotonic() - since < PATIENCE:
+            work = ray.get(mailbox.take.remote(name, here, LOOK))
+            if work is None:
+                if ray.get(mailbox.closed.remote()):
+                    return
+                continue
+            with ear.listening(work["run"]):
+                result, sound = _done(work, mailbox, config["train"])
+            ray.get(mailbox.answer.remote(work["run"], result))
+            if not sound:
+                return
+            since = time.monotonic()
+
+
+def _done(work: dict, mailbox: Any, train: Callable | None) -> tuple[dict, bool]:
+    """Returns what came of a piece of work, and whether this process can take another one."""
+    try:
+        if "function" in work:
+            return {"value": called(work)}, True
+        job = Job.model_validate_json(work["job"])
+
+        def report(progress: Progress) -> str | None:
+            return ray.get(mailbox.report.remote(work["run"], progress.model_dump_json()))
+
+        outcome = trained(job, train, report)
+        return {"outcome": outcome.model_dump_json()}, "out of memory" not in outcome.reason
+    except InputError as error:
+        return _wrong(error), True
+    except ray.exceptions.RayActorError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            said = f"out of memory: {type(error).__name__}: {error}"[:200]
+            return {"outcome": Outcome(ended="infeasible", reason=said, share=0).model_dump_json()}, False
+        return {"failed": f"{type(error).__name__}: {error}"}, False
+
+
+class _Ear:
+    """A thread that hears whether the run is to pause, or the node is about to be taken away: the next report may be far."""
+
+    def __init__(self, mailbox: Any):
+        self._mailbox, self._lock, self._run = mailbox, threading.Lock(), None
+        threading.Thread(target=self._listen, name="listen", daemon=True).start()
+
+    @contextlib.contextmanager
+    def listening(self, run: str) -> Iterator[None]:
+        """Makes the run the one that a pause is for."""
+        self._run = run
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._run = None
+                preemption.go_on()
+
+    def _listen(self) -> None:
+        while True:
+            time.sleep(HEARING)
+            if drained():
+                preemption.notice()
+            run = self._run
+            try:
+                pause = run is not None and isinstance(ray.get(self._mailbox.heard.remote(run)), Pause)
+            except ray.exceptions.RayActorError:
+                return
+            with self._lock:
+                if pause and run == self._run:
+                    preemption.pause()
