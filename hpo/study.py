@@ -472,7 +472,7 @@ def _run(
         began(study)
         tell(phase="done", finished=loaded.spec.budget.trials)
         return study
-    with _backend(loaded.spec, train, tell) as backend:
+    with _backend(loaded.spec, train, tell, ahead=loaded.spec.budget.trials) as backend:
         store = open_store(loaded.spec.storage, loaded.spec.database)
         record, data = _enter(store, loaded, digest, findings.shape.hidden if findings.shape else None)
         study = Study(store, record.name)
@@ -654,36 +654,49 @@ class _Backend:
 
 
 @contextlib.contextmanager
-def _backend(spec: Spec, train: Train | None, tell: Callable) -> Iterator[_Backend]:
-    """Yields where trials run. With Ray the cluster is joined, and found large enough, before anything is written."""
+def _backend(spec: Spec, train: Train | None, tell: Callable, *, ahead: int = 1) -> Iterator[_Backend]:
+    """Yields where trials run. With Ray the cluster is joined, and found large enough, before anything is written.
+
+    Args:
+        ahead: how many runs there will be at once to begin with.
+    """
     real = train is None and spec.train == "loop"
     train = train or (own.load(spec.train, "train") if own.is_own(spec.train) else None)
     if spec.resources.mode == "local" or spec.train == "simulated":
         from training import simulate
 
         function = train or (simulate.train if spec.train == "simulated" else _loop())
-        yield _Backend(
-            lambda search, data, *, on_change: local.run_search(search, function, data, on_change=on_change),
-            lambda name, payload: local.call(name, payload, spec.resources),
-            alone := lambda job: function(job, lambda progress: None),
-            real,
-            alone,
-        )
+        with _warm() if real else contextlib.nullcontext():
+            yield _Backend(
+                lambda search, data, *, on_change: local.run_search(search, function, data, on_change=on_change),
+                lambda name, payload: local.call(name, payload, spec.resources),
+                alone := lambda job: function(job, lambda progress: None),
+                real,
+                alone,
+            )
         return
     tell(phase="starting Ray")
     from hpo import tune
 
     with tune.connect():
-        parallel = tune.concurrency(spec.resources, tune.capacity(), spec.budget.parallel)
+        plan = tune.layout(spec.resources, tune.capacity(), spec.budget.parallel)
         folder = str(spec.folder / "ray")
-        with tune.groups_of(spec.name, spec.resources, parallel, storage=folder, train=train) as groups:
+        with tune.groups_of(
+            spec.name, spec.resources, plan.groups, storage=folder, train=train, ahead=ahead, seats=plan.seats
+        ) as groups:
             yield _Backend(
-                functools.partial(tune.run_search, parallel=parallel, train=train, groups=groups),
+                functools.partial(tune.run_search, parallel=plan.parallel, train=train, groups=groups),
                 functools.partial(tune.call, groups),
                 alone := lambda job: tune.train_alone(groups, job, f"{spec.name}-final"),
                 real,
                 alone if real else None,
             )
+
+
+def _warm():
+    from training import warm
+
+    return warm.keeping()
 
 
 def _loop() -> Train:

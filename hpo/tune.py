@@ -39,6 +39,7 @@ from training.workers import ENVIRONMENT, GRACE, WorkersFailed, WorkersLost, cal
 DRIVER = {"cpu": 0, "node:__internal_head__": 0.001}
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # what `ray up` leaves on a head node
 GROWTH = "HPO_GROWTH"  # the same for clusters whose autoscaler does not say how far it goes, such as KubeRay's
+SEATS = 4  # of a packed group where nobody says how many
 TRIES = 3  # of what is measured after the search, when workers are lost
 
 Node = dict[str, float]
@@ -158,6 +159,38 @@ def concurrency(resources: Resources, nodes: list[Node], asked: int | None) -> i
     return min(workers // resources.workers, asked or workers)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How trials run: `parallel` at a time, in `groups` worker groups at a time, up to `seats` in each."""
+
+    parallel: int
+    groups: int
+    seats: int
+
+
+def layout(resources: Resources, nodes: list[Node], asked: int | None) -> Layout:
+    """Returns how trials run on a cluster.
+
+    Args:
+        resources: of one trial, and the mode.
+        nodes: of the cluster.
+        asked: `budget.parallel`.
+
+    Raises:
+        BackendError: not even one trial fits.
+    """
+    fits = concurrency(resources, nodes, None if resources.cpus or resources.gpus else asked)
+    packs = resources.workers == 1 and resources.mode in ("auto", "packed")
+    if not packs:
+        seats = 1
+    elif asked:
+        seats = min(math.ceil(asked / fits), resources.seats or asked)
+    else:
+        seats = resources.seats or (SEATS if resources.mode == "packed" else 1)
+    groups = min(fits, math.ceil((asked or fits * seats) / seats))
+    return Layout(min(groups * seats, asked or groups * seats), groups, seats)
+
+
 def run_search(
     search: Search,
     data: DataConfig,
@@ -239,10 +272,10 @@ class Groups:
     warm: bool
 
     def train(self, job: Job, run: str, *, on_progress: Callable[[Progress], None] = lambda progress: None,
-              train: Callable | None = None, grace: float = GRACE) -> Outcome:  # fmt: skip
-        """Returns the outcome of one job; arguments and errors as `training.workers.run_group`."""
+              train: Callable | None = None, grace: float = GRACE, alone: bool = True) -> Outcome:  # fmt: skip
+        """Returns the outcome of one job; arguments and errors as `training.workers.run_group` and `training.pool.run_warm`."""
         if self.warm and takes(job.recipe, job.resources) is None:
-            return run_warm(job, run, self.mailbox, on_progress=on_progress, grace=grace)
+            return run_warm(job, run, self.mailbox, on_progress=on_progress, grace=grace, alone=alone)
         return run_group(job, run, self.mailbox, storage=self.storage, on_progress=on_progress, train=train, grace=grace)
 
     def call(self, function: str, payload: dict[str, Any], run: str) -> Any:
@@ -254,14 +287,24 @@ class Groups:
 
 @contextlib.contextmanager
 def groups_of(
-    name: str, resources: Resources, parallel: int, *, storage: str, train: Callable | None = None
+    name: str, resources: Resources, size: int, *, storage: str, train: Callable | None = None, ahead: int = 0, seats: int = 1
 ) -> Iterator[Groups]:
-    """Yields where runs are done by `resources.mode`, up to `parallel` at a time; all workers are gone when the block ends."""
+    """Yields where runs are done by `resources.mode`, in up to `size` groups; all workers are gone when the block ends.
+
+    Args:
+        name: of the groups.
+        resources: of one group.
+        size: groups at a time.
+        storage: folder for Ray's own files.
+        train: a user's own train function.
+        ahead: warm groups to start before there is work for them.
+        seats: runs that a warm group does at a time, where they can be packed.
+    """
     Path(storage).mkdir(parents=True, exist_ok=True)
     with mailbox_of(name) as mailbox, contextlib.ExitStack() as stack:
-        warm = resources.mode in ("auto", "warm") and resources.workers == 1
+        warm = resources.mode in ("auto", "warm", "packed") and resources.workers == 1
         if warm:
-            stack.enter_context(Pool(mailbox, resources, parallel, storage=storage, name=name, train=train))
+            stack.enter_context(Pool(mailbox, resources, size, storage=storage, name=name, train=train, ahead=ahead, seats=seats))
         yield Groups(mailbox, resources, storage, warm)
 
 
@@ -313,7 +356,9 @@ def _drive(config: dict, groups: Groups, train: Callable | None, grace: float, b
     job = Job.model_validate_json(config["job"])
     try:
         with own.given(brought):
-            outcome = groups.train(job, config["run"], on_progress=pass_on, train=train, grace=grace)
+            # What was lost once is trained alone from then on: it, or who sat beside it, may have been the cause.
+            alone = config["attempt"] > 1
+            outcome = groups.train(job, config["run"], on_progress=pass_on, train=train, grace=grace, alone=alone)
     except InputError as error:
         tune.report({"share": 0.0, "wrong": json.dumps([(p.where, p.rule, p.remedy) for p in error.problems])})
     except WorkersLost as error:
@@ -440,7 +485,8 @@ class _Searcher(Searcher):
         # Never the name of an earlier launch: Ray Train would take its folder up where that one left it.
         run = f"{course.search.spec.name}-{trial.number:05d}-{time.time_ns()}"
         course.live[trial_id] = (trial.number, run)
-        return {"run": run, "job": job_of(trial, course.search.spec, course.data).model_dump_json()}
+        job = job_of(trial, course.search.spec, course.data).model_dump_json()
+        return {"run": run, "attempt": trial.attempts, "job": job}
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         course = self._course

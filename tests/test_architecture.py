@@ -38,7 +38,7 @@ ONLY = {
     "sqlite3": {"hpo/store.py"},
     "typer": {"hpo/cli.py", "hpo/cli_models.py", "hpo/cli_data.py", "hpo/cli_steer.py", "hpo/terminal.py"},
     "bitsandbytes": {"hpo/doctor.py", "training/model.py", "training/optimizers.py", "training/merge.py"},
-    "peft": {"training/adapters.py", "training/checkpoint.py", "training/merge.py"},
+    "peft": {"training/adapters.py", "training/checkpoint.py", "training/merge.py", "training/pool.py"},
     "deepspeed": {"training/optimizers.py", "training/shards.py", "training/zero.py"},
     "gguf": {"training/gguf.py"},
     "lm_eval": {"training/harness.py"},

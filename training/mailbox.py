@@ -75,17 +75,22 @@ class Mailbox:
 
     # Called by a warm group
 
-    async def take(self, by: str, group: Any, wait: float) -> dict | None:
+    async def take(self, by: str, group: Any, wait: float, beside: str | None = None) -> dict | None:
         """Returns the next piece of work with its `run`, after waiting for one up to `wait` seconds; None without one.
 
         Args:
             by: name of the warm group.
             group: its placement group.
+            beside: what the group does already: only work with this `pack` can be done beside it.
         """
-        await self._until(lambda: self._waiting or self._closed, wait)
-        if self._closed or not self._waiting:
+
+        def first() -> str | None:
+            return next((r for r in self._waiting if beside is None or self._runs[r].work.get("pack") == beside), None)
+
+        await self._until(lambda: self._closed or first() is not None, wait)
+        if self._closed or (run := first()) is None:
             return None
-        run = self._waiting.pop(0)
+        self._waiting.remove(run)
         kept = self._run(run)
         kept.by, kept.group = by, group
         self._served.add(by)
@@ -140,6 +145,10 @@ class Mailbox:
     def forget(self, run: str) -> None:
         """Drops what is kept of a run that has ended."""
         self._runs.pop(run, None)
+
+    def names(self) -> list[str]:
+        """Returns the runs that something is kept of."""
+        return list(self._runs)
 
     # Called by a pool of warm groups
 

@@ -6,18 +6,18 @@ Owns: `time_alone`, `compare`, `judge`. Called on a worker by dotted name; takes
 from __future__ import annotations
 
 import gc
-import time
+import statistics
 from typing import Any
 
 import torch
 
 from training import checkpoint, evaluate, metrics, retention, warm
 from training.data import Prepared, Rows, Tokenized, prepare, read, sample
-from training.meter import gemm_seconds
+from training.meter import Stopwatch, gemm_seconds
 from training.model import computing, describe, device_of, load_model, load_tokenizer
 from training.recipe import EvaluationConfig, Job, Recipe
 from training.run import Run, set_up
-from training.schedule import plan, rate, supervised
+from training.schedule import Plan, plan, rate, supervised
 from training.world import World, versions
 
 REPEATS = 3
@@ -42,28 +42,29 @@ def _time_one(job: Job, repeats: int, steps: int) -> dict[str, Any]:
     rows = warm.rows_of(job)[1].train
     planned = plan(job.recipe, rows, workers=1)
     run = set_up(job, shape, planned, world, device)
-    chosen = [int((i + 0.5) * planned.steps / min(steps, planned.steps)) for i in range(min(steps, planned.steps))]
-
-    def one(step: int, run: Run) -> None:
-        run.step(rows, planned.micro_batches(step, 0, 1), supervised(rows, planned, step), rate(job.recipe, step, planned.steps))
-
-    one(chosen[0], run)
+    step_seconds(run, rows, planned, count=1)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    totals = []
-    for _ in range(repeats):
-        before = time.perf_counter()
-        for step in chosen:
-            one(step, run)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        totals.append((time.perf_counter() - before) / len(chosen) * planned.steps)
+    totals = [statistics.fmean(step_seconds(run, rows, planned, count=steps)) * planned.steps for _ in range(repeats)]
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
     run.close()
     del run
     gc.collect()
     ordered = sorted(totals)
     return {"seconds": ordered[len(ordered) // 2], "low": ordered[0], "high": ordered[-1], "repeats": repeats, "peak_bytes": peak}
+
+
+def step_seconds(run: Run, rows: Tokenized, planned: Plan, *, count: int) -> list[float]:
+    """Returns the seconds of `count` optimizer steps (at most those that there are), spread evenly over the plan."""
+    count = min(count, planned.steps)
+    watch, found = Stopwatch(run.device), []
+    for i in range(count):
+        step = int((i + 0.5) * planned.steps / count)
+        chunks, tokens = planned.micro_batches(step, 0, 1), supervised(rows, planned, step)
+        watch.start()
+        run.step(rows, chunks, tokens, rate(run.recipe, step, planned.steps))
+        found.append(watch.stop())
+    return found
 
 
 def compare(models: list[dict], job: dict, *, shown: int = 20) -> dict[str, Any]:

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from training import packing
+from training import packing, warm
 from training.data import Tokenized
-from training.model import computing, load_model, match
+from training.model import computing, match
 from training.recipe import Recipe
 from training.schedule import Plan, rate, supervised
-from training.stacked import Layout, Stack, install
+from training.stacked import Layout, Stack, install, uninstall
 
-SHARED = ("model", "revision", "bits", "precision", "targets")
+SHARED = ("model", "revision", "bits", "precision", "targets", "gradient_checkpointing")
 ODD = (2_654_435_761, 2_246_822_519, 3_266_489_917, 668_265_263)  # large odd numbers that spread what they multiply
 
 
@@ -34,6 +36,10 @@ def refusal(recipe: Recipe) -> str | None:
         return f"zero_stage: {recipe.zero_stage} shares one trial among workers"
     if recipe.precision == "fp16":
         return "precision: fp16 scales the loss of each trial in its own way"
+    if recipe.bits == 8:
+        return "bits: 8 finds outliers over all rows of a forward, also those of neighbours"
+    if recipe.packing == "off":
+        return "packing: off pads rows to the longest of a forward"
     return None
 
 
@@ -85,21 +91,53 @@ class Pack:
             shape: `training.model.describe` of the base.
             rows: of all trials.
             seats: how many trials there may be at a time.
-            rank: the largest of them.
+            rank: the largest of them, or of the first; a larger one makes room for itself.
             kind: "stacked", or "loop": the reference.
             dtype: of the adapters; of the whole model too where it is fp64, for tests.
         """
         self.recipe, self.rows, self.device = recipe, rows, device
-        model = load_model(recipe, device=device)
-        if dtype == torch.float64:
-            model.double()
-        if not packing.packs(model):
-            raise ValueError(f"{recipe.model} cannot have rows of several trials in one forward")
+        self.seats, self._kind = [None] * seats, kind
+        model = self._base(dtype)
         chosen = match(recipe.targets, shape)
         sizes = {name: chosen[name] for name, _ in model.named_modules() if name in chosen}
         self.stack = Stack(sizes, seats, rank, device=device, dtype=dtype)
         install(model, self.stack, kind)
-        self.model, self.seats = model, [None] * seats
+        self.model = model
+
+    def _base(self, dtype: torch.dtype):
+        model = warm.take(self.recipe, device=self.device)
+        if dtype == torch.float64:
+            model.double()
+        if not packing.packs(model):
+            warm.give_back(model)
+            raise ValueError(f"{self.recipe.model} cannot have rows of several trials in one forward")
+        return model
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Gives the base back while the block runs, for a run of its own on it; the seats keep what they have."""
+        uninstall(self.model, self.stack)
+        warm.give_back(self.model)
+        self.model = None
+        try:
+            yield
+        finally:
+            self.model = self._base(self.stack.dtype)
+            install(self.model, self.stack, self._kind)
+
+    def close(self) -> None:
+        """Gives the base back for good."""
+        uninstall(self.model, self.stack)
+        warm.give_back(self.model)
+
+    @contextmanager
+    def only(self, seat: Seat) -> Iterator[None]:
+        """Makes the model that of one trial while the block runs, whatever rows it sees."""
+        self.stack.only = (seat.number, seat.recipe.rank, _scale(seat.recipe))
+        try:
+            yield
+        finally:
+            self.stack.only = None
 
     # Who is there
 
@@ -113,10 +151,10 @@ class Pack:
         Raises:
             ValueError: it cannot be trained here, or no seat is free.
         """
-        if (reason := refusal(recipe)) or base_of(recipe) != base_of(self.recipe) or recipe.rank > self.stack.rank:
-            here = f"a pack for {base_of(self.recipe)} up to rank {self.stack.rank}"
-            raise ValueError(reason or f"{here} has no place for {recipe}")
+        if (reason := refusal(recipe)) or base_of(recipe) != base_of(self.recipe):
+            raise ValueError(reason or f"a pack for {base_of(self.recipe)} has no place for {recipe}")
         number = self.seats.index(None)
+        self.stack.grow(recipe.rank)
         self.stack.draw(number, recipe.rank, recipe.seed)
         self.seats[number] = Seat(number, recipe, plan)
         return self.seats[number]

@@ -4,8 +4,9 @@ Owns: `Pool` (how many groups there are), `run_warm` and `call_warm` (work for t
 Must not know: Tune, studies, searches.
 
 A group takes work from the mailbox as long as there is some; what trials share (base, tokenized rows) it keeps, see
-`training.warm`. One that dies takes its run with it and is replaced while there is work; one that has nothing to do for a while
-goes home, and so its resources can be had. Groups have one worker each: a group of several fails as one.
+`training.warm`. With several seats it trains as many recipes at once, see `training.host`. One that dies takes its runs with it
+and is replaced while there is work; one that has nothing to do for a while goes home, and so its resources can be had. Groups
+have one worker each: a group of several fails as one.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ import ray
 import torch
 from ray.util import get_current_placement_group
 
-from training import own, preemption, warm
+from training import host, own, preemption, warm
 from training.errors import InputError, Problem
-from training.loop import out_of_memory
+from training.ledger import out_of_memory
 from training.recipe import Job, Outcome, Pause, Progress, Recipe, Resources
 from training.workers import (
     GRACE,
@@ -46,8 +47,9 @@ LOOK = 1.0  # seconds that a wait lasts before whoever waits looks around
 class Pool:
     """Keeps as many warm groups as there is work for, up to `size`. Use as a context; at its end all groups are gone."""
 
-    def __init__(self, mailbox: Any, resources: Resources, size: int, *, storage: str, name: str, train: Callable | None = None):
-        """Starts nothing: the first piece of work does.
+    def __init__(self, mailbox: Any, resources: Resources, size: int, *, storage: str, name: str, train: Callable | None = None,
+                 ahead: int = 0, patience: float = PATIENCE, seats: int = 1):  # fmt: skip
+        """Starts nothing yet.
 
         Args:
             mailbox: a Mailbox actor of this pool's own.
@@ -56,10 +58,14 @@ class Pool:
             storage: folder for Ray Train's own files.
             name: of the groups, unique in the cluster.
             train: the train function; default `training.loop.train`. Must be picklable.
+            ahead: groups that are started before there is work for them.
+            patience: seconds without work after which a group goes home.
+            seats: recipes that one group trains at a time, where they can be packed.
         """
-        self.mailbox, self.started = mailbox, 0
+        self.mailbox, self.started, self._ahead = mailbox, 0, ahead
         self._resources, self._size, self._storage, self._name = resources, size, storage, f"{name}-{time.time_ns()}"
-        self._config = {"mailbox": mailbox, "train": train, "own": own.now(), "threads": threads_of(resources)}
+        self._config = {"mailbox": mailbox, "train": train, "own": own.now(), "threads": threads_of(resources),
+                        "patience": patience, "seats": seats if train is None else 1}  # fmt: skip
         self._groups: dict[str, Fit] = {}
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name=f"pool-{name}", daemon=True)
@@ -75,6 +81,8 @@ class Pool:
 
     def _work(self) -> None:
         demand = 0
+        for _ in range(min(self._size, self._ahead)):
+            self._start()
         while not self._closing.is_set():
             self._reap()
             demand = ray.get(self.mailbox.demand.remote(demand, LOOK))
@@ -123,10 +131,15 @@ def takes(recipe: Recipe, resources: Resources) -> str | None:
 
 
 def run_warm(
-    job: Job, run: str, mailbox: Any, *, on_progress: Callable[[Progress], None] = lambda progress: None, grace: float = GRACE
-) -> Outcome:
-    """Returns the outcome of one job on a warm group of the pool behind the mailbox; arguments and errors as `run_group`."""
-    ray.get(mailbox.submit.remote(run, {"job": job.model_dump_json()}))
+    job: Job, run: str, mailbox: Any, *, on_progress: Callable[[Progress], None] = lambda progress: None, grace: float = GRACE,
+    alone: bool = False,
+) -> Outcome:  # fmt: skip
+    """Returns the outcome of one job on a warm group of the pool behind the mailbox; arguments and errors as `run_group`.
+
+    Args:
+        alone: not beside others, also where groups have several seats.
+    """
+    ray.get(mailbox.submit.remote(run, {"job": job.model_dump_json(), "pack": None if alone else host.key_of(job)}))
     return _awaited(run, mailbox, on_progress, grace)
 
 
@@ -179,24 +192,83 @@ def _wrong(error: InputError) -> dict:
 
 def _serve(config: dict) -> None:
     """Takes work until there is none, or this process is told to leave, or something went wrong that might have left traces."""
+    import peft  # noqa: F401, now and not when the first piece of work is there
+
     mailbox, name, here = config["mailbox"], config["group"], get_current_placement_group()
     torch.set_num_threads(config["threads"])
     quiet()
-    ear = _Ear(mailbox)
-    since = time.monotonic()
+    ear, table = _Ear(mailbox), host.Host(config["seats"])
+    asked, since = None, time.monotonic()
     with warm.keeping(), own.given(config["own"]):
-        while not preemption.noticed() and time.monotonic() - since < PATIENCE:
-            work = ray.get(mailbox.take.remote(name, here, LOOK))
-            if work is None:
-                if ray.get(mailbox.closed.remote()):
-                    return
-                continue
-            with ear.listening(work["run"]):
-                result, sound = _done(work, mailbox, config["train"])
-            ray.get(mailbox.answer.remote(work["run"], result))
-            if not sound:
+        while True:
+            idle = not table.names
+            leaves = preemption.noticed() or (idle and time.monotonic() - since > config["patience"])
+            if asked is None and table.free and not leaves:
+                asked = mailbox.take.remote(name, here, LOOK, table.key)
+            if asked is None and idle:
                 return
-            since = time.monotonic()
+            if asked is not None and (idle or ray.wait([asked], timeout=0)[0]):
+                work, asked = ray.get(asked), None
+                if work is None and idle and ray.get(mailbox.closed.remote()):
+                    return
+                if work is not None:
+                    if not _begun(work, table, mailbox, ear, config["train"]):
+                        return
+                    since = time.monotonic()
+            if table.names:
+                if not _ticked(table, mailbox):
+                    return
+                since = time.monotonic()
+
+
+def _begun(work: dict, table: host.Host, mailbox: Any, ear: _Ear, train: Callable | None) -> bool:
+    """Gives work a seat, or does it at once where it can have none; returns whether this process can take more."""
+    run = work["run"]
+    if work.get("pack") is not None and table.seats > 1 and train is None:
+        try:
+            outcome = table.enter(run, Job.model_validate_json(work["job"]), _reporter(run, mailbox))
+        except InputError as error:
+            ray.get(mailbox.answer.remote(run, _wrong(error)))
+            return True
+        except ray.exceptions.RayActorError:
+            raise
+        except ValueError:
+            if table.names:  # its turn comes again, alone
+                ray.get(mailbox.answer.remote(run, {"lost": "this model cannot be packed"}))
+                return True
+        except Exception as error:
+            return _broken([run, *table.names], error, mailbox)
+        else:
+            if outcome is not None:
+                ray.get(mailbox.answer.remote(run, {"outcome": outcome.model_dump_json()}))
+            return True
+    table.close()
+    with ear.listening(run):
+        result, sound = _done(work, mailbox, train)
+    ray.get(mailbox.answer.remote(run, result))
+    return sound
+
+
+def _ticked(table: host.Host, mailbox: Any) -> bool:
+    try:
+        for run, outcome in table.tick():
+            ray.get(mailbox.answer.remote(run, {"outcome": outcome.model_dump_json()}))
+    except ray.exceptions.RayActorError:
+        raise
+    except Exception as error:
+        return _broken(table.names, error, mailbox)
+    return True
+
+
+def _broken(runs: list[str], error: Exception, mailbox: Any) -> bool:
+    """Splits a pack in which something went wrong: each of its runs is tried again alone, where it hurts nobody else."""
+    for run in runs:
+        ray.get(mailbox.answer.remote(run, {"lost": f"its pack of {len(runs)} failed ({type(error).__name__}: {error})"}))
+    return False
+
+
+def _reporter(run: str, mailbox: Any) -> Callable[[Progress], str | None]:
+    return lambda progress: ray.get(mailbox.report.remote(run, progress.model_dump_json()))
 
 
 def _done(work: dict, mailbox: Any, train: Callable | None) -> tuple[dict, bool]:
@@ -204,12 +276,9 @@ def _done(work: dict, mailbox: Any, train: Callable | None) -> tuple[dict, bool]
     try:
         if "function" in work:
             return {"value": called(work)}, True
-        job = Job.model_validate_json(work["job"])
-
-        def report(progress: Progress) -> str | None:
-            return ray.get(mailbox.report.remote(work["run"], progress.model_dump_json()))
-
-        outcome = trained(job, train, report)
+        since = time.perf_counter()
+        outcome = trained(Job.model_validate_json(work["job"]), train, _reporter(work["run"], mailbox))
+        outcome.conditions["billed_seconds"] = time.perf_counter() - since
         return {"outcome": outcome.model_dump_json()}, "out of memory" not in outcome.reason
     except InputError as error:
         return _wrong(error), True

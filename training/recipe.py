@@ -274,10 +274,13 @@ class Resources(Frozen):
     gpus: Number = Field(0, ge=0, le=64, description="per worker")
     cpus: Number = Field(1, ge=0, le=1024, description="per worker")
     price: Number | None = Field(None, gt=0, description="currency units per hour of one device: a GPU, or a worker without")
-    mode: Literal["auto", "warm", "fresh", "local"] = Field(
+    mode: Literal["auto", "packed", "warm", "fresh", "local"] = Field(
         "auto",
-        description="warm: worker groups that stay up and take trial after trial; fresh: one per trial; auto: warm where a "
-        "recipe can be trained so; local: this process",
+        description="fresh: a worker group per trial; warm: groups that stay up and take trial after trial; packed: several "
+        "trials at once in each; auto: warm, and packed where budget.parallel is beyond the workers; local: this process",
+    )
+    seats: Whole | None = Field(
+        None, ge=1, le=256, description="packed: trials that one worker trains at once; default: what budget.parallel asks for"
     )
     save: Number = Field(60, ge=0, description="seconds between two checkpoints of a running trial; a shorter one writes none")
 

@@ -1,6 +1,6 @@
 """Adapters of several trials in one model: each linear layer adds to every row the adapter of that row's own trial.
 
-Owns: `Layout` (whose tokens are where), `Stack` (the weights of all seats and how they are drawn, cleared and taken out),
+Owns: `Layout` (whose tokens are where), `Stack` (the weights of all seats and how they are drawn, put in and taken out),
 `StackedLinear` (fast) and `LoopLinear` (obviously right), the optimizer over a stack.
 Must not know: recipes' lengths, rows, reports.
 
@@ -55,6 +55,7 @@ class Stack(torch.nn.Module):
         super().__init__()
         self.sizes, self.seats, self.rank = sizes, seats, math.ceil(rank / ALIGNED) * ALIGNED
         self.layout: Layout | None = None
+        self.only: tuple[int, int, float] | None = None  # seat, rank and scale, where every row is of one trial
         widths = [sum(inside for _, inside in sizes.values()), sum(out for out, _ in sizes.values())]
         made = {name: [torch.zeros(seats, self.rank, width, device=device, dtype=dtype) for width in widths] for name in ARRAYS}
         self.arrays: dict[str, list[torch.Tensor]] = made
@@ -63,6 +64,10 @@ class Stack(torch.nn.Module):
         for name, (out, inside) in sizes.items():
             self._at[name] = (slice(inside_at, inside_at + inside), slice(out_at, out_at + out))
             inside_at, out_at = inside_at + inside, out_at + out
+        self._look()
+
+    def _look(self) -> None:
+        sizes = self.sizes
         self.leaves = {name: [view.detach().requires_grad_() for view in self._of(name, "weights")] for name in sizes}
         self._gradients = [view for name in sizes for view in self._of(name, "gradient")]
 
@@ -73,6 +78,15 @@ class Stack(torch.nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.arrays["weights"][0].dtype
+
+    def grow(self, rank: int) -> None:
+        """Makes room for a larger rank; what seats have stays as it is."""
+        more = math.ceil(rank / ALIGNED) * ALIGNED - self.rank
+        if more > 0:
+            self.rank += more
+            pad = (0, 0, 0, more)
+            self.arrays = {name: [torch.nn.functional.pad(a, pad) for a in pair] for name, pair in self.arrays.items()}
+            self._look()
 
     def draw(self, seat: int, rank: int, seed: int) -> None:
         """Gives a seat no moments, and the weights that PEFT gives an adapter of that rank after `torch.manual_seed(seed)`."""
@@ -90,10 +104,18 @@ class Stack(torch.nn.Module):
             for array in pair:
                 array[seat] = 0
 
-    def taken(self, seat: int, rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Returns copies of a seat's (A, B) by module: (rank, in) and (out, rank)."""
-        views = {name: self._of(name, "weights") for name in self.sizes}
+    def taken(self, seat: int, rank: int, array: str = "weights") -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Returns copies of a seat's (A, B) by module: (rank, in) and (out, rank); or of its moments, "first" and "second"."""
+        views = {name: self._of(name, array) for name in self.sizes}
         return {name: (a[seat, :rank].clone(), b[seat, :rank].T.contiguous()) for name, (a, b) in views.items()}
+
+    def put(
+        self, seat: int, rank: int, given: dict[str, tuple[torch.Tensor, torch.Tensor]], array: str = "weights"
+    ) -> None:
+        """Puts into a seat what `taken` returns."""
+        for name, (a, b) in given.items():
+            for view, value in zip(self._of(name, array), (a, b.T), strict=True):
+                view[seat, :rank] = value.to(view)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradients of a loss to what there is."""
@@ -139,14 +161,14 @@ class StackedLinear(torch.nn.Module):
     def __init__(self, base: torch.nn.Module, stack: Stack, name: str, number: int):
         super().__init__()
         self.base, self.number = base, number
+        self.name = name
         self.__dict__["stack"] = stack  # no submodule: the stack has the weights
-        self.__dict__["leaves"] = stack.leaves[name]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        layout, (a, b) = self.stack.layout, self.leaves
+        layout, (a, b) = self.stack.layout, self.stack.leaves[self.name]
         y = self.base(x)
         if layout is None:
-            return y
+            return y if self.stack.only is None else y + self._of_one(x, a, b).to(y.dtype)
         kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else a.dtype
         tokens = x.reshape(-1, x.shape[-1]).to(kind)
         if layout.keep is not None:
@@ -154,6 +176,12 @@ class StackedLinear(torch.nn.Module):
         z = self.product(tokens, a.to(kind).transpose(1, 2), layout) * layout.scale
         added = self.product(z.to(kind), b.to(kind), layout)
         return y + added.view(*y.shape[:-1], -1).to(y.dtype)
+
+    def _of_one(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        seat, rank, scale = self.stack.only
+        kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else a.dtype
+        a, b = a[seat, :rank].to(kind), b[seat, :rank].to(kind)
+        return ((x.to(kind) @ a.T) * scale) @ b
 
     @staticmethod
     def product(tokens: torch.Tensor, weights: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -180,6 +208,14 @@ def install(model: torch.nn.Module, stack: Stack, kind: str = "stacked") -> None
         parent, _, leaf = name.rpartition(".")
         parent = model.get_submodule(parent) if parent else model
         setattr(parent, leaf, LINEARS[kind](getattr(parent, leaf), stack, name, number))
+
+
+def uninstall(model: torch.nn.Module, stack: Stack) -> None:
+    """Takes the stack's adapters out of a model again, in place."""
+    for name in stack.sizes:
+        parent, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(parent) if parent else model
+        setattr(parent, leaf, getattr(parent, leaf).base)
 
 
 def kept(layout: Layout, number: int, tokens: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ from ray.util import get_current_placement_group
 
 from training import own, preemption
 from training.errors import InputError
-from training.loop import out_of_memory
+from training.ledger import out_of_memory
 from training.recipe import Job, Outcome, Pause, Progress, Resources
 from training.world import World
 
