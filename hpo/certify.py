@@ -23,6 +23,7 @@ from hpo.trial import Trial
 from training.recipe import DataConfig, Job, Outcome
 
 RESAMPLES = 2000
+BAND = 2.0  # standard errors of estimated seconds within which a trial may still be on the front
 Call = Callable[[str, dict[str, Any]], Any]
 
 
@@ -39,16 +40,30 @@ def with_measured(trials: Sequence[Trial], measured: dict[int, Measured]) -> lis
 
 def settle(trials: Sequence[Trial], objectives: Sequence[Objective], measure: Callable[[list[Trial]], dict[int, Measured]],
            known: dict[int, Measured]) -> dict[int, Measured]:  # fmt: skip
-    """Returns the front's members timed alone; a trial that comes onto the front because another one's time fell is timed too.
+    """Returns the front's members timed alone, and those whose estimated seconds leave it open whether they are on it.
+
+    A trial that comes onto the front because another one's time fell is timed too.
 
     Args:
         measure: times some trials alone.
         known: those timed before.
     """
     measured = dict(known)
-    while todo := [t for t in front(with_measured(trials, measured), objectives) if t.number not in measured]:
+    while todo := _in_question(with_measured(trials, measured), objectives, set(measured)):
         measured |= measure(todo)
     return measured
+
+
+def _in_question(trials: Sequence[Trial], objectives: Sequence[Objective], measured: set[int]) -> list[Trial]:
+    """Returns the trials not timed yet that are on the front, or would be at the lower end of their seconds' error."""
+    found = [trial for trial in front(trials, objectives) if trial.number not in measured]
+    for i, trial in enumerate(trials):
+        error = trial.outcome.conditions.get("seconds_error") if eligible(trial) else None
+        if error and trial.number not in measured and trial not in found:
+            low = trial.outcome.model_copy(update={"seconds": trial.outcome.seconds * max(0.0, 1 - BAND * error)})
+            others = [*trials[:i], trial.model_copy(update={"outcome": low}), *trials[i + 1 :]]
+            found += [trial] if any(member.number == trial.number for member in front(others, objectives)) else []
+    return found
 
 
 def interval(values: Sequence[float], *, seed: int = 0) -> Interval:

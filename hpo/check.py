@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 import os
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from hpo.space import Params, value_of
 from hpo.spec import Loaded, Spec
 from training import data as training_data
 from training import memory, pace, retention
+from training.beside import refusal, takes
 from training.data import Rows, Tokenized
 from training.model import Shape, describe, load_tokenizer, match
 from training.recipe import Recipe, clashes
@@ -101,6 +104,35 @@ def advice(spec: Spec) -> tuple[str, ...]:
     if name == "nsga2" and trials < PAYS:
         return (f"nsga2 needs about {PAYS} trials to be ahead of random search, got {trials}: use algorithm: bayes",)
     return ()
+
+
+def how_trials_run(spec: Spec, recipes: Sequence[Recipe]) -> list[str]:
+    """Returns how the trials of a study are run, and which of them cannot be run so, with the reason.
+
+    Args:
+        recipes: some of the space.
+    """
+    resources, parallel = spec.resources, spec.budget.parallel
+    if resources.mode == "local" or spec.train != "loop":
+        return []
+    if resources.mode == "fresh":
+        return ["mode: fresh starts a worker group for each trial"]
+    alone = Counter(reason for recipe in recipes if (reason := takes(recipe, resources)))
+    if len(recipes) == sum(alone.values()):
+        return [f"a worker group is started for each trial: {next(iter(alone))}"]
+    said = ["worker groups stay up and take trial after trial"]
+    said += [f"{_share(count, recipes)} get a group of their own: {reason}" for reason, count in alone.most_common(3)]
+    workers = None if os.environ.get("RAY_ADDRESS") else math.floor((os.cpu_count() or 1) / (resources.cpus or 1))
+    if resources.mode == "packed" or (parallel and workers and parallel > workers):
+        more = f": {parallel} at a time, and {workers} workers here" if parallel and workers else ""
+        said[0] += f", several at once in each (packed){more}"
+        unpacked = Counter(reason for recipe in recipes if (reason := refusal(recipe)) and not takes(recipe, resources))
+        said += [f"{_share(count, recipes)} are trained alone, {reason}" for reason, count in unpacked.most_common(3)]
+    return said
+
+
+def _share(count: int, recipes: Sequence[Recipe]) -> str:
+    return f"{100 * count / len(recipes):.0f} % of the trials" if count < len(recipes) else "all trials"
 
 
 def _look(
@@ -286,14 +318,15 @@ def _predict(spec: Spec, shapes: dict[str, Shape], rows: Rows, tokenized: Tokeni
     lengths = _longest(spec, rows, shapes, tokenized)
     shape, longest = shapes[spec.recipe.model], lengths[spec.recipe.model]
     rng = random.Random(spec.seed)
-    totals, refusals, example = [], 0, ""
+    totals, refusals, example, recipes = [], 0, "", []
     for _ in range(SAMPLED):
         recipe = spec.space.resolve(spec.space.sample(rng), spec.recipe)
+        recipes.append(recipe)
         verdict = gate.judge(recipe, shapes[recipe.model], spec.limits, spec.resources, lengths[recipe.model])
         refusals += verdict.refusal is not None
         example = example or (f"{_brief(recipe, spec)}: {verdict.refusal}" if verdict.refusal else "")
         totals += [verdict.predicted] if verdict.predicted else []
-    notes = [*advice(spec), *rows.notes]
+    notes = [*advice(spec), *how_trials_run(spec, recipes), *rows.notes]
     if tokenized.cut:
         notes.append(
             f"{tokenized.cut} of {len(tokenized)} training prompts are longer than recipe.max_length and lose their "

@@ -25,14 +25,17 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from hpo.drive import drive
 from hpo.errors import BackendError, InputError, Problem
 from hpo.search import Search, job_of
 from serving.targets import haproxy
 from training import own
-from training.mailbox import mailbox_of
-from training.pool import Pool, call_warm, run_warm, takes
+from training.desk import Groups
+from training.errors import WorkersFailed, WorkersLost
+from training.mailbox import GRACE, mailbox_of
+from training.pool import Pool
 from training.recipe import DataConfig, Job, Outcome, Pause, Progress, Resources
-from training.workers import ENVIRONMENT, GRACE, WorkersFailed, WorkersLost, call_on_group, run_group
+from training.workers import ENVIRONMENT
 
 # The trial's own process drives its worker group and computes nothing. A share of a CPU would come out of the cluster and
 # could keep the last worker group waiting for ever.
@@ -219,7 +222,7 @@ def run_search(
         return
     course = _Course(search, data, parallel, groups.mailbox, on_change)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(_drive, groups=groups, train=train, grace=grace, brought=own.now()), DRIVER),
+        tune.with_resources(tune.with_parameters(drive, groups=groups, train=train, grace=grace, brought=own.now()), DRIVER),
         tune_config=tune.TuneConfig(
             search_alg=_Searcher(course), scheduler=_Scheduler(course), num_samples=-1, metric="share", mode="max",
             reuse_actors=True,
@@ -260,29 +263,6 @@ def _fit(tuner: tune.Tuner, course: _Course) -> None:
         raise course.error
     if box:
         raise BackendError(f"Ray Tune ended with {type(box[0]).__name__}: {box[0]}") from box[0]
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Where runs are done: `warm` groups that take one after another, or a fresh group for each. Other processes can have it."""
-
-    mailbox: Any
-    resources: Resources
-    storage: str
-    warm: bool
-
-    def train(self, job: Job, run: str, *, on_progress: Callable[[Progress], None] = lambda progress: None,
-              train: Callable | None = None, grace: float = GRACE, alone: bool = True) -> Outcome:  # fmt: skip
-        """Returns the outcome of one job; arguments and errors as `training.workers.run_group` and `training.pool.run_warm`."""
-        if self.warm and takes(job.recipe, job.resources) is None:
-            return run_warm(job, run, self.mailbox, on_progress=on_progress, grace=grace, alone=alone)
-        return run_group(job, run, self.mailbox, storage=self.storage, on_progress=on_progress, train=train, grace=grace)
-
-    def call(self, function: str, payload: dict[str, Any], run: str) -> Any:
-        """Returns `function(**payload)`; arguments and errors as `training.workers.call_on_group`."""
-        if self.warm:
-            return call_warm(function, payload, run, self.mailbox)
-        return call_on_group(function, payload, self.resources, run=run, storage=self.storage)
 
 
 @contextlib.contextmanager
@@ -345,30 +325,6 @@ def train_alone(groups: Groups, job: Job, name: str) -> Outcome:
             raise BackendError(f"{name}: {error}") from error
 
 
-def _drive(config: dict, groups: Groups, train: Callable | None, grace: float, brought: dict) -> None:
-    """One Tune trial: drives one run and ends normally with what came of it, so that the reason is never lost."""
-
-    # Everything is reported by this one thread. Ray's own TuneReportCallback reports from another process, and where Tune is
-    # slow to fetch its last report, this one's final report and that one wait for each other for ever.
-    def pass_on(progress: Progress) -> None:
-        tune.report({"share": progress.share, "progress": progress.model_dump_json()})
-
-    job = Job.model_validate_json(config["job"])
-    try:
-        with own.given(brought):
-            # What was lost once is trained alone from then on: it, or who sat beside it, may have been the cause.
-            alone = config["attempt"] > 1
-            outcome = groups.train(job, config["run"], on_progress=pass_on, train=train, grace=grace, alone=alone)
-    except InputError as error:
-        tune.report({"share": 0.0, "wrong": json.dumps([(p.where, p.rule, p.remedy) for p in error.problems])})
-    except WorkersLost as error:
-        tune.report({"share": 0.0, "lost": str(error)})
-    except WorkersFailed as error:
-        tune.report({"share": 0.0, "failed": str(error)})
-    else:
-        tune.report({"share": outcome.share, "outcome": outcome.model_dump_json()})
-
-
 class _Course:
     """What the searcher and the scheduler share: the search, and which of its trials Tune has.
 
@@ -378,6 +334,7 @@ class _Course:
     def __init__(self, search: Search, data: DataConfig, parallel: int, mailbox: Any, on_change: Callable[[Search], None]):
         self.search, self.data, self.parallel, self.mailbox, self.on_change = search, data, parallel, mailbox, on_change
         self.live: dict[str, tuple[int, str]] = {}  # Tune's trial -> number and run
+        self.seats = min(parallel, max(1, search.spec.budget.trials - search.finished))  # processes that will drive trials
         self.again: list = []
         self.interrupted = False
         self.error: BaseException | None = None  # once set, nothing more is kept: what runs is launched again next time
@@ -486,7 +443,7 @@ class _Searcher(Searcher):
         run = f"{course.search.spec.name}-{trial.number:05d}-{time.time_ns()}"
         course.live[trial_id] = (trial.number, run)
         job = job_of(trial, course.search.spec, course.data).model_dump_json()
-        return {"run": run, "attempt": trial.attempts, "job": job}
+        return {"run": run, "attempt": trial.attempts, "seats": course.seats, "job": job}
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         course = self._course

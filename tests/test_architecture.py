@@ -22,7 +22,7 @@ LAYERS = (
     ("keeping",),  # which of its files stay
     ("search",),  # the heart: ask, report, tell
     # What a run is made of.
-    ("check", "local", "simulator", "replay", "tune", "evidence", "certify", "figures", "report", "promote", "endpoint",
+    ("check", "local", "simulator", "replay", "drive", "tune", "evidence", "certify", "figures", "report", "promote", "endpoint",
      "comparison", "report_comparison"),
     ("forecast", "dialects", "exports"),  # how long that takes; other programs' files
     ("study", "draft", "adopt", "doctor"),  # the facade, and what helps to begin
@@ -30,7 +30,8 @@ LAYERS = (
 )
 # Nothing but these files may name these libraries.
 ONLY = {
-    "ray": {"hpo/tune.py", "training/mailbox.py", "training/pool.py", "training/workers.py", "serving/targets/ray_serve.py"},
+    "ray": {"hpo/drive.py", "hpo/tune.py", "training/desk.py", "training/mailbox.py", "training/pool.py", "training/workers.py",
+            "serving/targets/ray_serve.py"},
     "optuna": {"hpo/algorithms/_optuna.py", "hpo/algorithms/_gp.py", "hpo/algorithms/_tpe.py", "hpo/exports.py"},
     "pymoo": {"hpo/algorithms/nsga2.py"},
     "moocore": {"hpo/pareto.py"},

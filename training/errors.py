@@ -35,3 +35,11 @@ class InputError(Exception):
 def wrong(where: str, rule: str, remedy: str = "") -> InputError:
     """Returns an InputError with one problem; raise it."""
     return InputError(Problem(where, rule, remedy))
+
+
+class WorkersLost(Exception):
+    """A worker process or its node died: not the recipe's fault."""
+
+
+class WorkersFailed(Exception):
+    """The training code raised: the same recipe would raise it again."""

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from training import checkpoint, loop, pack, preemption, stability
+from training.beside import key_of
 from training.ledger import End, Ledger, check_limit, heed, open_ledger, rhythm, tell
 from training.measure import step_seconds
 from training.meter import Counted, operations
@@ -30,14 +31,6 @@ from training.run import Run, probe_bytes, set_up
 from training.world import World
 
 SOLO = 6  # steps of a trial alone by which its seconds are estimated, after one that warms up
-
-
-def key_of(job: Job) -> str | None:
-    """Returns what jobs must have in common to be trained together, or None for a job that is trained alone."""
-    if pack.refusal(job.recipe) or job.interventions or job.resources.workers > 1:
-        return None
-    data = job.data.model_dump_json()
-    return repr((*pack.base_of(job.recipe), job.recipe.max_length, job.rows, job.cache, data, job.evaluation.rows))
 
 
 class Estimated:

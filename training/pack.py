@@ -16,36 +16,14 @@ from dataclasses import dataclass
 import torch
 
 from training import packing, warm
+from training.beside import base_of, refusal
 from training.data import Tokenized
 from training.model import computing, match
 from training.recipe import Recipe
 from training.schedule import Plan, rate, supervised
 from training.stacked import Layout, Stack, install, uninstall
 
-SHARED = ("model", "revision", "bits", "precision", "targets", "gradient_checkpointing")
 ODD = (2_654_435_761, 2_246_822_519, 3_266_489_917, 668_265_263)  # large odd numbers that spread what they multiply
-
-
-def refusal(recipe: Recipe) -> str | None:
-    """Returns why a recipe cannot be trained beside others, or None."""
-    if recipe.adapter not in ("lora", "rslora"):
-        return f"adapter: {recipe.adapter} has more than A and B for each layer"
-    if recipe.optimizer != "adamw":
-        return f"optimizer: {recipe.optimizer} keeps its moments in a form of its own"
-    if recipe.zero_stage:
-        return f"zero_stage: {recipe.zero_stage} shares one trial among workers"
-    if recipe.precision == "fp16":
-        return "precision: fp16 scales the loss of each trial in its own way"
-    if recipe.bits == 8:
-        return "bits: 8 finds outliers over all rows of a forward, also those of neighbours"
-    if recipe.packing == "off":
-        return "packing: off pads rows to the longest of a forward"
-    return None
-
-
-def base_of(recipe: Recipe) -> tuple:
-    """Returns what recipes must have in common to share a base."""
-    return tuple(getattr(recipe, name) for name in SHARED)
 
 
 @dataclass

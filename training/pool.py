@@ -1,6 +1,6 @@
 """Warm groups: Ray Train worker groups that stay up and take one piece of work after another.
 
-Owns: `Pool` (how many groups there are), `run_warm` and `call_warm` (work for them), what such a group does.
+Owns: `Pool` (how many groups there are) and what such a group does. Work is handed in at `training.desk`.
 Must not know: Tune, studies, searches.
 
 A group takes work from the mailbox as long as there is some; what trials share (base, tokenized rows) it keeps, see
@@ -12,7 +12,6 @@ have one worker each: a group of several fails as one.
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,26 +21,14 @@ import ray
 import torch
 from ray.util import get_current_placement_group
 
-from training import host, own, preemption, warm
-from training.errors import InputError, Problem
+from training import host, own, preemption, warm, workers
+from training.errors import InputError, WorkersFailed, WorkersLost
 from training.ledger import out_of_memory
-from training.recipe import Job, Outcome, Pause, Progress, Recipe, Resources
-from training.workers import (
-    GRACE,
-    HEARING,
-    Fit,
-    WorkersFailed,
-    WorkersLost,
-    called,
-    classify,
-    drained,
-    quiet,
-    threads_of,
-    trained,
-)
+from training.mailbox import GRACE, LOOK
+from training.recipe import Job, Outcome, Pause, Progress, Resources
+from training.workers import HEARING, Fit
 
 PATIENCE = 60.0  # seconds without work after which a group goes home
-LOOK = 1.0  # seconds that a wait lasts before whoever waits looks around
 
 
 class Pool:
@@ -64,7 +51,7 @@ class Pool:
         """
         self.mailbox, self.started, self._ahead = mailbox, 0, ahead
         self._resources, self._size, self._storage, self._name = resources, size, storage, f"{name}-{time.time_ns()}"
-        self._config = {"mailbox": mailbox, "train": train, "own": own.now(), "threads": threads_of(resources),
+        self._config = {"mailbox": mailbox, "train": train, "own": own.now(), "threads": workers.threads_of(resources),
                         "patience": patience, "seats": seats if train is None else 1}  # fmt: skip
         self._groups: dict[str, Fit] = {}
         self._closing = threading.Event()
@@ -112,75 +99,13 @@ class Pool:
 def _said_of(error: BaseException) -> dict:
     """Returns the result of the run that a group was doing when it ended with an error."""
     try:
-        return {"outcome": classify(error).model_dump_json()}
+        return {"outcome": workers.classify(error).model_dump_json()}
     except WorkersLost as lost:
         return {"lost": str(lost)}
     except WorkersFailed as failed:
         return {"failed": str(failed)}
     except InputError as wrong:
         return _wrong(wrong)
-
-
-def takes(recipe: Recipe, resources: Resources) -> str | None:
-    """Returns why a recipe cannot be trained by a warm group, or None."""
-    if resources.workers > 1:
-        return f"resources.workers: {resources.workers} workers fail as one"
-    if recipe.zero_stage:
-        return f"recipe.zero_stage: {recipe.zero_stage} changes the base in ways that nobody undoes"
-    return None
-
-
-def run_warm(
-    job: Job, run: str, mailbox: Any, *, on_progress: Callable[[Progress], None] = lambda progress: None, grace: float = GRACE,
-    alone: bool = False,
-) -> Outcome:  # fmt: skip
-    """Returns the outcome of one job on a warm group of the pool behind the mailbox; arguments and errors as `run_group`.
-
-    Args:
-        alone: not beside others, also where groups have several seats.
-    """
-    ray.get(mailbox.submit.remote(run, {"job": job.model_dump_json(), "pack": None if alone else host.key_of(job)}))
-    return _awaited(run, mailbox, on_progress, grace)
-
-
-def call_warm(function: str, payload: dict[str, Any], run: str, mailbox: Any) -> Any:
-    """Returns `function(**payload)` as called on a warm group; arguments and errors as `call_on_group`."""
-    ray.get(mailbox.submit.remote(run, {"function": function, "payload": json.dumps(payload)}))
-    return _awaited(run, mailbox, lambda progress: None, GRACE)
-
-
-def _awaited(run: str, mailbox: Any, on_progress: Callable[[Progress], None], grace: float) -> Any:
-    killed = False
-    while True:
-        reports, reason, asked, result = ray.get(mailbox.poll.remote(run, LOOK))
-        for report in reports:
-            on_progress(Progress.model_validate_json(report))
-        if result is not None:
-            break
-        if asked > grace and not killed:
-            killed = True
-            ray.get(mailbox.free.remote(run))
-        if asked > 2 * grace:
-            result = {"lost": "its group did not end"}
-            break
-    ray.get(mailbox.forget.remote(run))
-    if killed and "lost" in result:
-        return Outcome(ended="stopped", reason=f"{reason} (killed: it did not end within {grace:g} s)", share=0)
-    return _result(result)
-
-
-def _result(result: dict) -> Any:
-    if "outcome" in result:
-        return Outcome.model_validate_json(result["outcome"])
-    if "value" in result:
-        return json.loads(result["value"])
-    if "stopped" in result:
-        return Outcome(ended="stopped", reason=result["stopped"], share=0)
-    if "wrong" in result:
-        raise InputError(*(Problem(*said) for said in result["wrong"]))
-    if "failed" in result:
-        raise WorkersFailed(result["failed"])
-    raise WorkersLost(result["lost"])
 
 
 def _wrong(error: InputError) -> dict:
@@ -196,7 +121,7 @@ def _serve(config: dict) -> None:
 
     mailbox, name, here = config["mailbox"], config["group"], get_current_placement_group()
     torch.set_num_threads(config["threads"])
-    quiet()
+    workers.quiet()
     ear, table = _Ear(mailbox), host.Host(config["seats"])
     asked, since = None, time.monotonic()
     with warm.keeping(), own.given(config["own"]):
@@ -275,9 +200,9 @@ def _done(work: dict, mailbox: Any, train: Callable | None) -> tuple[dict, bool]
     """Returns what came of a piece of work, and whether this process can take another one."""
     try:
         if "function" in work:
-            return {"value": called(work)}, True
+            return {"value": workers.called(work)}, True
         since = time.perf_counter()
-        outcome = trained(Job.model_validate_json(work["job"]), train, _reporter(work["run"], mailbox))
+        outcome = workers.trained(Job.model_validate_json(work["job"]), train, _reporter(work["run"], mailbox))
         outcome.conditions["billed_seconds"] = time.perf_counter() - since
         return {"outcome": outcome.model_dump_json()}, "out of memory" not in outcome.reason
     except InputError as error:
@@ -312,7 +237,7 @@ class _Ear:
     def _listen(self) -> None:
         while True:
             time.sleep(HEARING)
-            if drained():
+            if workers.drained():
                 preemption.notice()
             run = self._run
             try:

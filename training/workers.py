@@ -32,12 +32,12 @@ from ray.train.torch.config import _TorchBackend
 from ray.util import get_current_placement_group
 
 from training import own, preemption
-from training.errors import InputError
+from training.errors import InputError, WorkersFailed, WorkersLost
 from training.ledger import out_of_memory
+from training.mailbox import GRACE
 from training.recipe import Job, Outcome, Pause, Progress, Resources
 from training.world import World
 
-GRACE = 60.0  # seconds between asking a run to end and killing its group
 POLL = 0.25  # seconds between two looks at a run
 HEARING = 1.0  # seconds between two times that a worker asks whether it is to pause
 # One health check takes part of every fresh group's start and end; Ray's own default of 2 s would add seconds per trial. The
@@ -60,14 +60,6 @@ BEREFT = ("connection closed by peer", "connection reset by peer", "socket close
 
 class Raised(Exception):
     """What the training code raised, in words: its own exception might not survive the way to the driver."""
-
-
-class WorkersLost(Exception):
-    """A worker process or its node died: not the recipe's fault."""
-
-
-class WorkersFailed(Exception):
-    """The training code raised: the same recipe would raise it again."""
 
 
 def run_group(

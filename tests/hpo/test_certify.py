@@ -21,14 +21,14 @@ BOTH = named(["accuracy", "seconds"])
 
 
 def trial(
-    number: int, accuracy: float = 0.5, seconds: float = 1.0, *, right: str = "", state="complete", share=1.0, **more
+    number: int, accuracy: float = 0.5, seconds: float = 1.0, *, right: str = "", state="complete", share=1.0, error=0.0, **more
 ) -> Trial:
     outcome = Outcome(
         scores={"accuracy": accuracy},
         seconds=seconds,
         share=share,
         peak_bytes=100,
-        conditions={"right": right} if right else {},
+        conditions=({"right": right} if right else {}) | ({"seconds_error": error} if error else {}),
         **more,
     )
     return Trial(number=number, params={"rank": number + 1}, recipe=Recipe(), state=state, outcome=outcome)
@@ -81,6 +81,20 @@ def test_settling_a_random_study_ends_with_a_front_that_is_all_timed():
         members = front(certify.with_measured(trials, found), BOTH)
         assert members
         assert {t.number for t in members} <= set(found)
+
+
+def test_where_seconds_were_estimated_all_that_may_be_on_the_front_are_timed():
+    # Trial 1 is beaten by 10 % and may be wrong by twice 8 %; trial 2 was measured; trial 3 is beaten beyond its error.
+    trials = [trial(0, 0.9, 1.0), trial(1, 0.9, 1.1, error=0.08), trial(2, 0.9, 1.1), trial(3, 0.9, 1.3, error=0.08)]
+    rounds = []
+
+    def measure(todo):
+        rounds.append(sorted(t.number for t in todo))
+        return {t.number: measured({0: 1.0, 1: 0.95}[t.number]) for t in todo}
+
+    found = certify.settle(trials, BOTH, measure, {})
+    assert rounds == [[0, 1]]
+    assert [t.number for t in front(certify.with_measured(trials, found), BOTH)] == [1]
 
 
 # What is chosen

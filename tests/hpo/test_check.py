@@ -13,6 +13,7 @@ from hpo.errors import SpecError
 from hpo.gate import judge
 from hpo.spec import load
 from training.model import describe
+from training.recipe import Recipe
 
 
 def spec(storage, **changes):
@@ -152,3 +153,20 @@ def test_several_mistakes_are_said_together(tmp_path):
     with pytest.raises(SpecError) as raised:
         check.inspect(wrong)
     assert {problem.where for problem in raised.value.problems} >= {"storage", "recipe.targets", "data.train"}
+
+
+def test_it_says_how_trials_run_and_which_cannot_be_run_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def said(recipes=({}, {}, {"adapter": "dora"}, {"bits": 8}), parallel=None, **resources):
+        given = spec(tmp_path, resources=resources, budget={"trials": 9, "parallel": parallel})
+        return check.how_trials_run(given, [Recipe(**changes) for changes in recipes])
+
+    assert said() == said(mode="warm") == ["worker groups stay up and take trial after trial"]
+    packed = said(parallel=8)
+    assert packed[0].endswith("several at once in each (packed): 8 at a time, and 2 workers here")
+    assert packed[1].startswith("25 % of the trials are trained alone, adapter: dora") and "bits: 8" in packed[2]
+    assert said(mode="local") == [] and said(mode="fresh") == ["mode: fresh starts a worker group for each trial"]
+    assert said(workers=2)[0].startswith("a worker group is started for each trial: resources.workers: 2")
+    assert said(({}, {"zero_stage": 2}))[1].startswith("50 % of the trials get a group of their own: recipe.zero_stage: 2")

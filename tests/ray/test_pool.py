@@ -15,10 +15,11 @@ import ray  # noqa: E402
 from ray import cloudpickle  # noqa: E402
 
 from training import loop, own, simulate  # noqa: E402
+from training.desk import call_warm, run_warm  # noqa: E402
+from training.errors import WorkersFailed, WorkersLost  # noqa: E402
 from training.mailbox import mailbox_of  # noqa: E402
-from training.pool import Pool, call_warm, run_warm  # noqa: E402
+from training.pool import Pool  # noqa: E402
 from training.recipe import DataConfig, EvaluationConfig, Job, Outcome, Progress, Recipe, Resources  # noqa: E402
-from training.workers import WorkersFailed, WorkersLost  # noqa: E402
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this module
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]

@@ -269,6 +269,37 @@ def test_two_workers_train_with_zero(tmp_path):
     assert_nothing_left()
 
 
+def test_a_study_of_packed_trials_ends_like_any_other_and_each_is_stopped_for_itself(tmp_path):
+    written = SHORT | {
+        "name": "packed", "storage": str(tmp_path), "resources": {"mode": "packed"}, "budget": {"trials": 5, "parallel": 4},
+        "space": {"rank": [2, 4, 8, 16], "batch_size": [1, 2]}, "algorithm": "random",
+    }  # fmt: skip
+    loaded = specs.load(written)
+    store = open_store(loaded.spec.storage)
+    record = store.add_study(loaded.spec, loaded.written, "")
+    ordered = []
+
+    def stop_one(search):
+        if not ordered and search.shares:
+            ordered.append(min(search.shares))
+            search._inbox.stops[ordered[0]] = "not wanted"
+
+    plan = tune.layout(loaded.spec.resources, tune.capacity(), 4)
+    assert (plan.parallel, plan.groups, plan.seats) == (4, 2, 2)
+    with store.hold(record.id) as holder:
+        search = Search(store, record, holder)
+        storage = str(tmp_path / "ray")
+        with tune.groups_of("packed", loaded.spec.resources, plan.groups, storage=storage, seats=plan.seats) as groups:
+            tune.run_search(search, loaded.spec.data, parallel=plan.parallel, groups=groups, on_change=stop_one)
+    trials = store.trials(record.id)
+    assert [t.state for t in trials if t.number != ordered[0]] == ["complete"] * 5  # a cancelled one does not count
+    assert trials[ordered[0]].state == "cancelled" and trials[ordered[0]].attempts == 1
+    done = [t for t in trials if t.state == "complete"]
+    assert {t.outcome.conditions["seats"] for t in done} == {2}
+    assert all(Path(t.outcome.checkpoint, "adapter_model.safetensors").is_file() for t in done)
+    assert_nothing_left()
+
+
 # Pure
 
 CLUSTER = {
@@ -302,6 +333,27 @@ def test_a_cluster_grows_to_every_node_type_at_its_maximum_within_that_of_all():
 )
 def test_concurrency_is_what_fits_into_the_nodes(resources, asked, expected):
     assert tune.concurrency(resources, tune.growth(CLUSTER), asked) == expected
+
+
+@pytest.mark.parametrize(
+    ("resources", "asked", "expected"),
+    [
+        ({"mode": "warm"}, None, (4, 4, 1)),
+        ({"mode": "warm"}, 2, (2, 2, 1)),
+        ({"mode": "warm"}, 9, (4, 4, 1)),
+        ({}, 4, (4, 4, 1)),
+        ({}, None, (4, 4, 1)),
+        ({}, 9, (9, 3, 3)),  # more than there are workers: packed
+        ({"mode": "packed"}, None, (16, 4, 4)),
+        ({"mode": "packed", "seats": 2}, None, (8, 4, 2)),
+        ({"seats": 2}, 16, (8, 4, 2)),
+        ({"mode": "fresh"}, 9, (4, 4, 1)),
+        ({"workers": 2}, 9, (2, 2, 1)),
+    ],
+)
+def test_more_trials_at_a_time_than_workers_are_packed(resources, asked, expected):
+    found = tune.layout(Resources(**resources), [{"CPU": 3}, {"CPU": 1}], asked)
+    assert (found.parallel, found.groups, found.seats) == expected
 
 
 @pytest.mark.parametrize("resources", [Resources(gpus=8), Resources(cpus=16), Resources(workers=9, gpus=1)])

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from training import host, loop, measure, preemption, warm
+from training.beside import key_of
 from training.errors import InputError
 from training.recipe import DataConfig, EvaluationConfig, Job, Limits, Outcome, Recipe, Resources
 
@@ -157,9 +158,9 @@ def test_what_each_was_billed_sums_to_the_wall_clock(tmp_path):
 def test_only_jobs_with_the_same_base_and_rows_sit_together(tmp_path):
     one = job(tmp_path)
     for changes in ({"rank": 64}, {"alpha": 1.0, "dropout": 0.5}, {"batch_size": 7, "seed": 9}, {"adapter": "rslora"}):
-        assert host.key_of(job(tmp_path, **changes)) == host.key_of(one)
+        assert key_of(job(tmp_path, **changes)) == key_of(one)
     for changes in ({"bits": 4}, {"targets": "mlp"}, {"gradient_checkpointing": True}, {"max_length": 32}):
-        assert host.key_of(job(tmp_path, **changes)) not in (None, host.key_of(one))
+        assert key_of(job(tmp_path, **changes)) not in (None, key_of(one))
     for changes in ({"adapter": "dora"}, {"optimizer": "adamw_8bit"}, {"bits": 8}, {"packing": "off"}):
-        assert host.key_of(job(tmp_path, **changes)) is None
-    assert host.key_of(one.model_copy(update={"interventions": True})) is None
+        assert key_of(job(tmp_path, **changes)) is None
+    assert key_of(one.model_copy(update={"interventions": True})) is None
