@@ -679,7 +679,9 @@ def _backend(spec: Spec, train: Train | None, tell: Callable, *, ahead: int = 1)
     from hpo import tune
 
     with tune.connect():
-        plan = tune.layout(spec.resources, tune.capacity(), spec.budget.parallel)
+        # What a user's own function trains can be anything, so nothing of it is packed.
+        resources = spec.resources if train is None else spec.resources.model_copy(update={"mode": "warm"})
+        plan = tune.layout(resources, tune.capacity(), spec.budget.parallel)
         folder = str(spec.folder / "ray")
         with tune.groups_of(
             spec.name, spec.resources, plan.groups, storage=folder, train=train, ahead=ahead, seats=plan.seats

@@ -272,7 +272,7 @@ def test_two_workers_train_with_zero(tmp_path):
 def test_a_study_of_packed_trials_ends_like_any_other_and_each_is_stopped_for_itself(tmp_path):
     written = SHORT | {
         "name": "packed", "storage": str(tmp_path), "resources": {"mode": "packed"}, "budget": {"trials": 5, "parallel": 4},
-        "space": {"rank": [2, 4, 8, 16], "batch_size": [1, 2]}, "algorithm": "random",
+        "space": {"rank": [2, 4, 8, 16], "batch_size": [1, 2]}, "algorithm": "random", "keep": "all",
     }  # fmt: skip
     loaded = specs.load(written)
     store = open_store(loaded.spec.storage)
