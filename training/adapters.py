@@ -106,10 +106,32 @@ def _common(model, recipe: Recipe, modules: list[str]) -> dict:
 
 
 def _lora(model, recipe: Recipe, modules: list[str], steps: int, **variant):
+    import torch
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import Linear
 
     config = LoraConfig(r=recipe.rank, **_common(model, recipe, modules), **variant)
-    return _in_fp32(get_peft_model(model, config, autocast_adapter_dtype=False))
+    attached = _in_fp32(get_peft_model(model, config, autocast_adapter_dtype=False))
+    for module in attached.modules():
+        if type(module) is Linear and type(module.base_layer) is torch.nn.Linear and not config.use_dora:
+            module.forward = partial(_lean, module)
+    return attached
+
+
+def _lean(layer, x, *args, **options):
+    """Does what PEFT's LoRA layer does, but scales where the rank is and adds the product in place.
+
+    PEFT scales and adds as wide as the layer's output, which for a small model takes a tenth of a step (benchmarks/training).
+    """
+    import torch
+
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    usual = not args and not options and not layer.disable_adapters and not layer.merged
+    if not usual or x.dtype != a.dtype or torch.is_autocast_enabled(x.device.type):
+        return type(layer).forward(layer, x, *args, **options)
+    rows = x.flatten(0, -2)
+    inner = torch.nn.functional.linear(layer.lora_dropout["default"](rows), a) * layer.scaling["default"]
+    return layer.base_layer(rows).addmm_(inner, b.T).unflatten(0, x.shape[:-1])
 
 
 def _adalora(model, recipe: Recipe, modules: list[str], steps: int):

@@ -52,7 +52,8 @@ def main() -> None:
         print(f"\n{name} ({found['took_seconds']} s)")
         for key, value in found.items():
             record.show(key, value)
-    figures = {name: next((found[name] for found in parts.values() if name in found), None) for name in TARGETS}
+    names = [*TARGETS, "tokens_per_second_ratio_grouped"]
+    figures = {name: next((found[name] for found in parts.values() if name in found), None) for name in names}
     print()
     for name, (wanted, holds) in TARGETS.items():
         value = figures[name]

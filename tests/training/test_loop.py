@@ -371,13 +371,13 @@ def test_what_is_broken_is_raised(make_job, monkeypatch):
 
 
 def test_seconds_are_of_the_steps_alone(make_job, monkeypatch):
-    real = loop._score
+    real = loop.scored
 
     def slow(*args):
         time.sleep(0.5)
         return real(*args)
 
-    monkeypatch.setattr(loop, "_score", slow)
+    monkeypatch.setattr(loop, "scored", slow)
     before = time.perf_counter()
     outcome = train(make_job(), lambda progress: time.sleep(0.2))
     assert 0 < outcome.seconds <= time.perf_counter() - before - 2 * 0.5 - 2 * 0.2

@@ -209,10 +209,27 @@ def test_a_pack_of_eight_needs_a_fifth_of_the_operations_for_each_step(rows):
 
 def test_what_cannot_be_packed_is_refused_with_the_reason(rows):
     for changes, said in (({"adapter": "dora"}, "dora"), ({"optimizer": "adamw_8bit"}, "adamw_8bit"), ({"bits": 4}, "no place"),
-                          ({"rank": 17}, "no place"), ({"adapter": "full"}, "full")):  # fmt: skip
+                          ({"adapter": "full"}, "full")):  # fmt: skip
         recipe = BASE.model_copy(update=changes)
         with pytest.raises(ValueError, match=said):
             opened(rows, 1).enter(recipe, plan(BASE, rows, workers=1))
+
+
+def test_a_larger_rank_makes_room_and_changes_nothing_for_those_who_are_there(rows):
+    small, large = (BASE.model_copy(update={"rank": rank, "learning_rate": 1e-3, "steps": 4}) for rank in (8, 40))
+    packed = opened(rows, 2)
+    first = packed.enter(small, plan(small, rows, workers=1))
+    losses = [step.loss for step in packed.tick()]
+    second = packed.enter(large, plan(large, rows, workers=1))
+    while not first.done:
+        losses += [step.loss for step in packed.tick() if step.seat is first]
+    (own, start), learned = alone(rows, small), {"adapter": packed.adapter(first)}
+    assert losses == pytest.approx(own["losses"], rel=1e-11) and difference(learned, own, start) < 1e-11
+    packed.leave(first)
+    while not second.done:
+        packed.tick()
+    own, start = alone(rows, large)
+    assert difference({"adapter": packed.adapter(second)}, own, start) < 1e-11
 
 
 def test_the_fast_product_is_that_of_the_loop_to_the_bit():
