@@ -1,9 +1,9 @@
 """Useful tokens per second of our loop against Hugging Face's Trainer with PEFT: same recipe, same rows, same loss at the end.
 
 Rows have the lengths of real ones (wikisql_mini and gsm8k, four characters to a token) and random tokens. Both run by turns in
-one process with one thread; ratios are medians over rounds. `ratio` is against the Trainer with the same rows in each step, and so
-the same loss at the end; `grouped` against the faster of that and of its own order by length, which puts other rows into a step.
-Beside them stands our loop against itself, which says how noisy the machine is.
+one process with one thread; ratios are medians over rounds. `ratio` is against the Trainer with the same rows in each step, and
+so the same loss at the end; `grouped` against the faster of that and of its own order by length, which puts other rows into a
+step. Beside them stands our loop against itself, which says how noisy the machine is.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def case(name: str, model: str, data: str, rounds: int, steps: int, longest: int
     ours, plain, grouped = (statistics.median(each) for each in zip(*best, strict=True))
     return {
         "case": f"{name} {data}", "ratio": round(statistics.median(ratios), 3), "from": round(min(ratios), 3),
-        "to": round(max(ratios), 3), "grouped": round(statistics.median(sorted_too), 3), "ours": round(ours), "trainer": round(plain), "trainer_grouped": round(grouped),
+        "to": round(max(ratios), 3), "grouped": round(statistics.median(sorted_too), 3),
+        "ours": round(ours), "trainer": round(plain), "trainer_grouped": round(grouped),
         "padding": round(padded / useful - 1, 3), "loss_gap": round(abs(losses[0] - losses[1]), 6),
         "loss": round(losses[0], 4), "ours_against_ours": round(statistics.median(noise), 3),
     }  # fmt: skip
