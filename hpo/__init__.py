@@ -8,15 +8,17 @@ Importing this loads no heavy library; each is loaded by what needs it.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from hpo.proxy import transfer
     from hpo.study import Study, open_study, run, start
 
 __version__ = "0.1.0"
-__all__ = ["Study", "open_study", "run", "start"]
+__all__ = ["Study", "open_study", "run", "start", "transfer"]
 
 
 def _check_not_shadowed() -> None:
@@ -36,7 +38,5 @@ _check_not_shadowed()
 
 def __getattr__(name: str):
     if name in __all__:
-        from hpo import study
-
-        return getattr(study, name)
+        return getattr(importlib.import_module("hpo.proxy" if name == "transfer" else "hpo.study"), name)
     raise AttributeError(f"module 'hpo' has no attribute {name!r}")

@@ -137,6 +137,31 @@ def run(
         raise typer.Exit(4)
 
 
+@app.command()
+def transfer(
+    proxy: Annotated[str, typer.Argument(help="an earlier study on something smaller, in the same storage")],
+    source: Source,
+    sets: Sets = None,
+    top: Annotated[int, typer.Option(min=1, help="points from the top of the proxy's ranking")] = 4,
+    spread: Annotated[int, typer.Option(min=0, help="further points, evenly from the rest of it")] = 4,
+    least: Annotated[float, typer.Option(min=-1, max=1, help="rank correlation below which nothing is taken over")] = 0.5,
+    as_json: Json = False,
+):
+    """Try what a smaller study found on the target, and say whether both rank alike; exits with 1 where they do not."""
+    from hpo import show
+    from hpo.proxy import transfer as transferred
+
+    with show.progress() as on_status, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        made = transferred(proxy, source, sets or (), top=top, spread=spread, least=least, on_status=on_status)
+    if as_json:
+        also = {"proxy": proxy, "correlation": made.correlation, "points": made.points, "holds": made.holds, "said": made.said}
+        print_json(show.study_record(made.study) | {"transfer": also})
+    else:
+        console().print(show.study_text(made.study), made.said)
+    if not made.holds:
+        raise typer.Exit(1)
+
+
 @app.command(name="list")
 def list_studies(storage: Storage = None, as_json: Json = False):
     """List the studies on the record."""

@@ -25,7 +25,7 @@ LAYERS = (
     ("check", "local", "simulator", "replay", "drive", "tune", "evidence", "certify", "figures", "report", "promote", "endpoint",
      "comparison", "report_comparison"),
     ("forecast", "dialects", "exports"),  # how long that takes; other programs' files
-    ("study", "draft", "adopt", "doctor"),  # the facade, and what helps to begin
+    ("study", "proxy", "draft", "adopt", "doctor"),  # the facade, and what helps to begin
     ("show", "show_models", "terminal", "cli_models", "cli_data", "cli_steer", "cli", "__init__", "__main__"),  # doors
 )
 # Nothing but these files may name these libraries.

@@ -17,7 +17,7 @@ from hpo.spec import load
 from hpo.store import open_store
 from hpo.study import run
 
-COMMANDS = ["init", "data", "check", "run", "list", "show", "report", "export", "schema", "doctor", "steer", "replay"]
+COMMANDS = ["init", "data", "check", "run", "list", "show", "report", "export", "schema", "doctor", "steer", "replay", "transfer"]
 GROUPS = {
     "model": ["promote", "list", "show", "rollback", "export", "evaluate", "reproduce", "remove"],
     "endpoint": ["deploy", "ask", "list", "traffic", "remove"],
