@@ -6,8 +6,6 @@ Owns: `run`, `open_study`, `Study`. Must not know: how a command line or a noteb
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
 import os
 import signal
 import threading
@@ -17,12 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo import certify, check, choosing, endpoint, extensions, growth, keeping, local, prior
+from hpo import certify, check, choosing, endpoint, extensions, growth, keeping
 from hpo import promote as promotion
-from hpo import spec as specs
+from hpo.backend import Backend, backend_of
 from hpo.certificate import Certificate
 from hpo.endpoint import Endpoint
-from hpo.errors import InputError, NotFound, Problem, SpecError, StoreError, StudyChanged
+from hpo.entry import continued, enter, keep_quality, quality_of, snapshot
+from hpo.errors import InputError, NotFound, Problem, SpecError, StoreError
 from hpo.forecast import Left
 from hpo.growth import Forecast
 from hpo.model import Model
@@ -33,8 +32,8 @@ from hpo.spec import Loaded, Spec
 from hpo.steer import Steer, hull, orders, steered
 from hpo.store import Record, Store, open_store
 from hpo.trial import Trial
-from training import own, preemption, retention, sources
-from training.recipe import DataConfig, Job, Outcome, Train
+from training import own, preemption
+from training.recipe import DataConfig, Train
 
 if TYPE_CHECKING:
     import pandas
@@ -219,7 +218,7 @@ class Study:
         return View(
             name=spec.name, description=spec.description, objectives=spec.targets, space=hull(spec, given), trials=trials,
             front=front(trials, spec.targets), certificate=self.certificate, settings=settings,
-            quality=_quality(spec),
+            quality=quality_of(spec),
         )  # fmt: skip
 
     def plot(self, kind: str = "front"):
@@ -264,8 +263,8 @@ class Study:
         """
         tell, record = _teller(on_status), self.record
         self.store.upgrade()
-        with own.given(self._brought), self.store.hold(record.id), _backend(record.spec, None, tell) as backend:
-            data = _snapshot(record.spec, record.digest)
+        with own.given(self._brought), self.store.hold(record.id), backend_of(record.spec, None, tell) as backend:
+            data = snapshot(record.spec, record.digest)
             return promotion.promote(self.store, record, self.history(), data, backend.bench(tell), number=trial)
 
     def models(self) -> list[Model]:
@@ -345,7 +344,7 @@ def side_by_side(made: Endpoint) -> list[dict[str, Any]]:
 def reproduce(store: Store, model: Model, on_status: OnStatus = lambda status: None) -> dict[str, Any]:
     """Makes a registered model again from its record; returns whether it matches. See `hpo.promote.reproduce`."""
     tell, spec = _teller(on_status), store.study(model.lineage.study).spec
-    with _backend(spec, None, tell) as backend:
+    with backend_of(spec, None, tell) as backend:
         return promotion.reproduce(model, spec, backend.bench(tell))
 
 
@@ -472,11 +471,11 @@ def _run(
         began(study)
         tell(phase="done", finished=loaded.spec.budget.trials)
         return study
-    with _backend(loaded.spec, train, tell, ahead=loaded.spec.budget.trials) as backend:
+    with backend_of(loaded.spec, train, tell, ahead=loaded.spec.budget.trials) as backend:
         store = open_store(loaded.spec.storage, loaded.spec.database)
-        record, data = _enter(store, loaded, digest, findings.shape.hidden if findings.shape else None)
+        record, data = enter(store, loaded, digest, findings.shape.hidden if findings.shape else None)
         study = Study(store, record.name)
-        _keep_quality(record.spec.model_copy(update={"data": loaded.spec.data}), digest)
+        keep_quality(record.spec.model_copy(update={"data": loaded.spec.data}), digest)
         with store.hold(record.id) as holder:
             search = Search(store, record, holder, shape=findings.shapes, tokens_per_row=findings.longest)
             study._search, left = search, Left(record.spec, findings.shape, findings.trained)
@@ -496,73 +495,12 @@ def _run(
     return study
 
 
-def _enter(store: Store, loaded: Loaded, digest: str, hidden: int | None = None) -> tuple[Record, DataConfig]:
-    """Adds the study to the record, or finds it there unchanged; returns it with its own copy of the rows."""
-    spec = loaded.spec
-    try:
-        old = store.study(spec.name)
-    except NotFound:
-        old = None
-    if old is not None:
-        with store.hold(old.id):
-            pass  # whoever is refused because the study is being run must not have changed its record
-        spec = _continued(old, loaded, digest)
-    elif spec.prior.sources:
-        spec = spec.model_copy(update={"prior": _known_before(store, spec, hidden)})
-    data = _snapshot(spec, digest) if digest else spec.data
-    spec = _with_general_text(spec) if digest else spec
-    return store.add_study(spec, loaded.written, digest), data
-
-
 def _advise(store: Store, record: Record) -> None:
     """Keeps with the study why its algorithm was chosen, or why another would do better, once."""
     said = {event["said"] for event in store.events(record.id, kinds=("advice",))}
     for advice in check.advice(record.spec):
         if advice not in said:
             store.add_event(record.id, "advice", said=advice)
-
-
-def _known_before(store: Store, spec: Spec, hidden: int | None) -> specs.Prior:
-    """Returns the prior with its points, which stay what they are whatever becomes of the studies they are from."""
-    earlier = [store.trials(store.study(name).id) for name in spec.prior.sources if name != prior.LORA]
-    found = prior.points(
-        spec.space, spec.targets, spec.recipe, earlier,
-        limit=prior.count(spec.budget.trials), lora=prior.LORA in spec.prior.sources, hidden=hidden,
-    )  # fmt: skip
-    return spec.prior.model_copy(update={"points": tuple(found)})
-
-
-def _continued(old: Record, loaded: Loaded, digest: str) -> Spec:
-    """Returns the Spec to continue with: what may not change from the record, the rest as it is now.
-
-    Raises:
-        StudyChanged: with each difference in what may not change. Writing a default out is no change.
-    """
-    same = {name for name in specs.FIXED if name != "data" and _fixed(old.spec, name) == _fixed(loaded.spec, name)}
-    changed = specs.changes(_without_paths(old.written), _without_paths(loaded.written))
-    found = [p for p in changed if p.where.partition(".")[0] not in same or p.where == "recipe.model"]
-    if old.digest != digest:
-        found.append(Problem("data", f"the rows have changed (SHA-256 {old.digest[:12]} is now {digest[:12]}).", ""))
-    if found:
-        rule = "is an existing study, and this may not change on the way."
-        raise StudyChanged(*found, Problem(loaded.spec.name, rule, "Give it another name, or undo the change."))
-    fixed = {name: getattr(old.spec, name) for name in specs.FIXED if name != "data"}
-    fixed["recipe"] = old.spec.recipe.model_copy(update={"model": loaded.spec.recipe.model})
-    fixed["prior"] = old.spec.prior  # it was what was known before the first trial
-    fixed["evaluation"] = old.spec.evaluation.model_copy(
-        update={name: getattr(loaded.spec.evaluation, name) for name in FREE["evaluation"]}
-    )
-    return loaded.spec.model_copy(update=fixed)
-
-
-# A model's folder may be found elsewhere each time (what was written for it is compared); how many rows are scored at once
-# changes no score of a trial, nor does the general text.
-FREE = {"recipe": {"model"}, "evaluation": {"batch_size", "retention"}}
-
-
-def _fixed(spec: Spec, name: str) -> Any:
-    value, free = getattr(spec, name), FREE.get(name)
-    return value.model_dump(exclude=free) if free else value
 
 
 def _finished(loaded: Loaded, digest: str) -> Study | None:
@@ -582,132 +520,10 @@ def _finished(loaded: Loaded, digest: str) -> Study | None:
     certified = record.certificate is not None and record.certificate.made >= max((t.finished or 0 for t in trials), default=0)
     if launched < spec.budget.trials or not certified or not all(t.final for t in trials) or any(o.waits for o in given):
         return None
-    spec = store.add_study(_continued(record, loaded, digest), loaded.written, digest).spec
+    spec = store.add_study(continued(record, loaded, digest), loaded.written, digest).spec
     with store.hold(record.id):  # `keep` may be another one now
         keeping.apply(store, record.id, spec, trials, winner=record.certificate.winner, settled=True)
     return Study(store, spec.name)
-
-
-def _without_paths(written: Mapping[str, Any]) -> dict[str, Any]:
-    # A submitted job finds its files in another folder each time; the rows themselves are compared by their digest.
-    data = {name: value for name, value in written.get("data", {}).items() if name not in ("train", "validation", "test")}
-    return {**written, "data": data}
-
-
-def _snapshot(spec: Spec, digest: str) -> DataConfig:
-    """Copies the data files (of folders and the hub: their rows) into the study's folder, where every node sees them."""
-    folder = spec.folder / "data" / digest[:16]
-    update: dict[str, Any] = {}
-    for name in ("train", "validation", "test"):
-        for source, origin in spec.data.origins(name).items():
-            where, called = (f"data.{name}.{source}", f"{name}-{source}") if source else (f"data.{name}", name)
-            kept = str(sources.keep(origin.file, name, where, folder, called=called))
-            update[name] = kept if not source else update.get(name, {}) | {source: origin.model_copy(update={"file": kept})}
-    return spec.data.model_copy(update=update)
-
-
-def _with_general_text(spec: Spec) -> Spec:
-    """Copies the general text into the study's folder, where every node sees it, and names the copy."""
-    if (given := spec.evaluation.retention) is None:
-        return spec
-    name = hashlib.sha256("\n".join(retention.read(given)).encode()).hexdigest()[:16]
-    kept = str(sources.keep(given, "train", "evaluation.retention", spec.folder / "data" / name))
-    return spec.model_copy(update={"evaluation": spec.evaluation.model_copy(update={"retention": kept})})
-
-
-def _keep_quality(spec: Spec, digest: str) -> None:
-    """Writes what the rows are like into the study's folder, once for each state of the rows."""
-    from training import quality
-    from training.model import load_tokenizer
-
-    known = _quality(spec)
-    if not digest or (known is not None and known.digest == digest):
-        return
-    found = quality.examine(spec.data, tokenizer=load_tokenizer(spec.recipe), max_length=spec.recipe.max_length)
-    spec.folder.mkdir(parents=True, exist_ok=True)
-    aside = spec.folder / f".quality.{os.getpid()}.json"
-    aside.write_text(found.model_dump_json(indent=1), encoding="utf-8")
-    aside.rename(spec.folder / "quality.json")
-
-
-def _quality(spec: Spec):
-    """Returns what the rows are like, as it was kept; None for a study from before this was looked at."""
-    from training.quality import Quality
-
-    try:
-        return Quality.model_validate_json((spec.folder / "quality.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-@dataclass
-class _Backend:
-    search: Callable[..., None]  # (search, data, *, on_change)
-    call: Callable[[str, dict[str, Any]], Any]
-    train: Callable[[Job], Outcome]
-    real: bool
-    again: Callable[[Job], Outcome] | None  # trains as the trials were trained
-
-    def bench(self, tell: Callable) -> promotion.Bench:
-        """Returns where a promotion does its work, and whom it tells."""
-        return promotion.Bench(self.call, self.train, lambda phase: tell(phase=phase))
-
-
-@contextlib.contextmanager
-def _backend(spec: Spec, train: Train | None, tell: Callable, *, ahead: int = 1) -> Iterator[_Backend]:
-    """Yields where trials run. With Ray the cluster is joined, and found large enough, before anything is written.
-
-    Args:
-        ahead: how many runs there will be at once to begin with.
-    """
-    real = train is None and spec.train == "loop"
-    train = train or (own.load(spec.train, "train") if own.is_own(spec.train) else None)
-    if spec.resources.mode == "local" or spec.train == "simulated":
-        from training import simulate
-
-        function = train or (simulate.train if spec.train == "simulated" else _loop())
-        with _warm() if real else contextlib.nullcontext():
-            yield _Backend(
-                lambda search, data, *, on_change: local.run_search(search, function, data, on_change=on_change),
-                lambda name, payload: local.call(name, payload, spec.resources),
-                alone := lambda job: function(job, lambda progress: None),
-                real,
-                alone,
-            )
-        return
-    tell(phase="starting Ray")
-    from hpo import tune
-
-    with tune.connect():
-        # What a user's own function trains can be anything, so nothing of it is packed.
-        resources = spec.resources if train is None else spec.resources.model_copy(update={"mode": "warm"})
-        plan = tune.layout(resources, tune.capacity(), spec.budget.parallel)
-        folder = str(spec.folder / "ray")
-        with tune.groups_of(
-            spec.name, spec.resources, plan.groups, storage=folder, train=train, ahead=ahead, seats=plan.seats
-        ) as groups:
-            yield _Backend(
-                functools.partial(tune.run_search, parallel=plan.parallel, train=train, groups=groups),
-                functools.partial(tune.call, groups),
-                alone := lambda job: tune.train_alone(groups, job, f"{spec.name}-final"),
-                real,
-                alone if real else None,
-            )
-
-
-def _warm():
-    from training import warm
-
-    return warm.keeping()
-
-
-def _loop() -> Train:
-    import torch
-
-    from training.loop import train
-
-    torch.set_num_threads(1)
-    return train
 
 
 def _progress(search: Search, left: Left) -> dict[str, Any]:
@@ -724,7 +540,7 @@ def _progress(search: Search, left: Left) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _finish(study: Study, search: Search, data: DataConfig, backend: _Backend, tell: Callable) -> None:
+def _finish(study: Study, search: Search, data: DataConfig, backend: Backend, tell: Callable) -> None:
     """Certifies the winner and writes the report, unless nothing has changed since the last time."""
     record = study.record
     trials = study.store.trials(record.id)

@@ -23,8 +23,8 @@ LAYERS = (
     ("search",),  # the heart: ask, report, tell
     # What a run is made of.
     ("check", "local", "simulator", "replay", "drive", "tune", "evidence", "certify", "figures", "report", "promote", "endpoint",
-     "comparison", "report_comparison"),
-    ("forecast", "dialects", "exports"),  # how long that takes; other programs' files
+     "comparison", "report_comparison", "entry"),
+    ("backend", "forecast", "dialects", "exports"),  # where it runs, how long that takes; other programs' files
     ("study", "proxy", "draft", "adopt", "doctor"),  # the facade, and what helps to begin
     ("show", "show_models", "terminal", "cli_models", "cli_data", "cli_steer", "cli", "__init__", "__main__"),  # doors
 )

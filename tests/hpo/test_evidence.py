@@ -7,8 +7,8 @@ from contracts import simulated
 
 import hpo
 from hpo import certify, evidence
+from hpo.entry import snapshot
 from hpo.spec import load
-from hpo.study import _snapshot
 from training import again, simulate
 from training.recipe import Job, Outcome
 
@@ -131,6 +131,6 @@ def test_the_loop_trains_again_and_compares_in_one_call_and_never_twice(tmp_path
     assert (made.optimism.rows, made.optimism.seeds) == (8, 2)
     assert not list((tmp_path / "real/certify").glob("*/adapter_model.safetensors"))
     monkeypatch.setattr("training.loop.train", lambda *_: pytest.fail("trained twice"))
-    planned = evidence.plan(done.spec, done.history(), done.winner(), _snapshot(done.spec, done.record.digest), start=0)
+    planned = evidence.plan(done.spec, done.history(), done.winner(), snapshot(done.spec, done.record.digest), start=0)
     (_, arguments), = planned.calls
     assert [one["ended"] for one in again.rerun(**arguments)] == ["complete"] * 2

@@ -16,10 +16,11 @@ from contracts import SPACE, simulated
 
 import hpo
 from hpo.check import inspect
+from hpo.entry import enter
 from hpo.errors import NotFound, SpecError, StoreError, StudyBusy, StudyChanged
 from hpo.spec import load
 from hpo.store import open_store
-from hpo.study import Status, _enter, open_study, run, start
+from hpo.study import Status, open_study, run, start
 from training import simulate
 from training.recipe import Outcome
 
@@ -322,15 +323,15 @@ def test_rows_that_changed_are_refused_and_the_studys_own_copy_is_kept(tmp_path,
     given = written | {"data": {"train": str(rows)}, "train": "loop"}
     store = open_store(given["storage"])
 
-    def enter(study):  # what `run` does between the check and the first trial
+    def entered(study):  # what `run` does between the check and the first trial
         loaded = load(study)
-        return _enter(store, loaded, inspect(loaded.spec).rows.digest)
+        return enter(store, loaded, inspect(loaded.spec).rows.digest)
 
-    record, data = enter(given)
+    record, data = entered(given)
     assert Path(data.train).read_text() == rows.read_text()
     assert Path(data.train).is_relative_to(record.spec.folder)
     moved.write_text(rows.read_text())
-    assert enter(given | {"data": {"train": str(moved)}})[0].id == record.id, "the same rows elsewhere are the same study"
+    assert entered(given | {"data": {"train": str(moved)}})[0].id == record.id, "the same rows elsewhere are the same study"
     record = store.study("small")
     rows.write_text("\n".join(map(json.dumps, ROWS[1:])))
     with pytest.raises(StudyChanged, match=r"data: the rows have changed \(SHA-256 [0-9a-f]{12} is now [0-9a-f]{12}\)"):
