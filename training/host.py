@@ -27,7 +27,7 @@ from training.measure import step_seconds
 from training.meter import Counted, operations
 from training.recipe import Job, Outcome, Report
 from training.resumption import Checkpoints, identity
-from training.run import Run, probe_bytes, set_up
+from training.run import Run, probed, set_up
 from training.world import World
 
 SOLO = 6  # steps of a trial alone by which its seconds are estimated, after one that warms up
@@ -166,19 +166,19 @@ class Host:
         """Counts the bytes and estimates the seconds of a job on a run of its own."""
         device, planned, rows = ledger.device, course.planned, course.rows
         with self._pack.aside():
-            if device == "cpu":
-                ledger.peak = probe_bytes(job, ledger.shape, planned, rows, ledger.world, device)
-                check_limit(job.limits.peak_bytes, ledger.peak, "peak bytes")
-                if isinstance(ledger.watch, Counted):
-                    return
             neighbours = torch.cuda.memory_allocated() if device == "cuda" else 0
-            run = set_up(job, ledger.shape, planned, ledger.world, device)
+            if device == "cpu":
+                ledger.peak, run = probed(job, ledger.shape, planned, rows, ledger.world, device)
+            else:
+                run = set_up(job, ledger.shape, planned, ledger.world, device)
             if device == "cuda":  # what is there now is the base, and what it had before is the others'
                 neighbours -= sum(tensor.untyped_storage().nbytes() for tensor in run.held())
                 neighbours += sum(p.untyped_storage().nbytes() for p in run.parameters)
                 torch.cuda.reset_peak_memory_stats()
-            step_seconds(run, rows, planned, count=1)
-            took = step_seconds(run, rows, planned, count=SOLO)
+            took = []
+            if isinstance(ledger.watch, Estimated):
+                step_seconds(run, rows, planned, count=1)
+                took = step_seconds(run, rows, planned, count=SOLO)
             if device == "cuda":
                 ledger.peak = torch.cuda.max_memory_allocated() - max(0, neighbours)
             run.close()

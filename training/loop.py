@@ -26,7 +26,7 @@ from training.meter import Counted, gemm_seconds, operations
 from training.model import describe
 from training.recipe import Job, Outcome, Report, clashes
 from training.resumption import Checkpoints, identity, unkept
-from training.run import Run, probe_bytes, set_up
+from training.run import Run, probed, set_up
 from training.schedule import Plan, plan, rate, supervised
 from training.world import World
 
@@ -97,10 +97,18 @@ def _train(job: Job, report: Report, world: World, device: str, ledger: Ledger) 
     recipe = job.recipe
     course = begin(job, ledger)
     shape, rows, planned = ledger.shape, course.rows, course.planned
+    run = None
     if device == "cpu":
-        ledger.peak = int(world.largest(probe_bytes(job, shape, planned, rows, world, device)))
-        check_limit(job.limits.peak_bytes, ledger.peak, "peak bytes")
-    run = set_up(job, shape, planned, world, device)
+        peak, run = probed(job, shape, planned, rows, world, device)
+        ledger.peak = int(world.largest(peak))
+        try:
+            check_limit(job.limits.peak_bytes, ledger.peak, "peak bytes")
+        except End:
+            if run is not None:
+                run.close()
+            raise
+    if run is None:
+        run = set_up(job, shape, planned, world, device)
     ledger.trainable = sum(zero.elements(p) for p in run.parameters)
     ledger.conditions["packed"] = run.packed  # a model that cannot be is padded
     if device == "cuda":

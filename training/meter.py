@@ -131,7 +131,7 @@ def operations(recipe: Recipe, shape: Shape, trainable: int, lengths: Sequence[i
     return sum(each * length + pairs * length * length for length in lengths)
 
 
-def gemm_seconds(size: int = 384, repeats: int = 20) -> float:
+def gemm_seconds(size: int = 384, repeats: int = 7) -> float:
     """Returns the median seconds of one fp32 matrix product of `size`: how fast this core is right now."""
     a = torch.ones(size, size)
     times = []

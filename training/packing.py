@@ -12,6 +12,7 @@ model may be packed whose layers ask transformers for their attention and pass o
 from __future__ import annotations
 
 import inspect
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -137,6 +138,17 @@ def packs(model) -> bool:
     to half the digits of their precision). A model that recurs or convolves over tokens, or whose attention does not come from
     transformers, fails that and stays as it was.
     """
+    if model in _ready and model.config._attn_implementation == NAME:
+        return True
+    if sound := _tried_out(model):
+        _ready.add(model)
+    return sound
+
+
+_ready: weakref.WeakSet = weakref.WeakSet()  # models that were tried: a base is taken for run after run
+
+
+def _tried_out(model) -> bool:
     wanted = {"position_ids", "logits_to_keep"} <= set(inspect.signature(model.forward).parameters)
     if not wanted or not getattr(model, "_supports_attention_backend", False):
         return False

@@ -14,7 +14,7 @@ from functools import cached_property
 
 import torch
 
-from training import evaluate, optimizers, packing, warm, zero
+from training import evaluate, optimizers, own, packing, warm, zero
 from training.adapters import attach, detach, method_of
 from training.data import Tokenized
 from training.errors import wrong
@@ -49,6 +49,20 @@ class Run:
         """Gives the base back, for the next run in this process where it keeps bases; this one is over."""
         if self.engine is None:
             warm.give_back(detach(self.inner))
+
+    def beginning(self) -> list[torch.Tensor] | None:
+        """Returns what is trained as it is now, for `begin_again`; None where a run is more than that, or much."""
+        method = method_of(self.recipe.adapter)
+        whole = self.engine is not None or method.state is not None or method.stepped is not None or self.recipe.adapter == "full"
+        return None if whole or own.is_own(self.recipe.adapter) else [p.detach().clone() for p in self.parameters]
+
+    def begin_again(self, beginning: list[torch.Tensor]) -> None:
+        """Makes this the run that `set_up` returns: attaching an adapter anew would take longer than most of its steps."""
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, beginning)
+        torch.manual_seed(self.recipe.seed + self.world.rank)
+        self.optimizer, self.done = optimizers.build(self.recipe, self.inner), 0
+        self.scaler = scaler_of(self.recipe, self.device)
 
     @cached_property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -175,13 +189,15 @@ def set_up(job: Job, shape, planned: Plan, world: World, device: str) -> Run:
     return Run(recipe, world, device, inner, forward, optimizer, engine, accumulation, scaler_of(recipe, device), packed)
 
 
-def probe_bytes(job: Job, shape, planned: Plan, rows: Tokenized, world: World, device: str) -> int:
-    """Returns the peak bytes of training on this worker, counted over two steps on the heaviest batch of a scratch model.
+def probed(job: Job, shape, planned: Plan, rows: Tokenized, world: World, device: str) -> tuple[int, Run | None]:
+    """Returns the peak bytes of training on this worker, counted over two steps on the heaviest batch, and a fresh run.
 
-    Two steps, because the optimizer's state exists only from the second on. Weights, adapters, gradients, optimizer state
-    and every temporary are counted by storage; the interpreter and libraries are not.
+    The run is None where what these steps changed could not be undone. Two steps, because the optimizer's state exists only from
+    the second on. Weights, adapters, gradients, optimizer state and every temporary are counted by storage; the interpreter and
+    libraries are not.
     """
     run = set_up(job, shape, planned, world, device)
+    began = run.beginning()
     step = heaviest(planned, rows, world, packed=run.packed)
     chunks = planned.micro_batches(step, world.rank, world.size)
     run.scaler = scaler_of(job.recipe, device, start=1.0)  # an overflow would leave the optimizer without its state
@@ -189,7 +205,18 @@ def probe_bytes(job: Job, shape, planned: Plan, rows: Tokenized, world: World, d
     with count_bytes(run.held()) as counter:
         for _ in range(2):
             run.step(rows, chunks, tokens, 0.0)
+    if began is not None:
+        run.begin_again(began)
+        return counter.peak, run
     run.close()
     del run
     gc.collect()
-    return counter.peak
+    return counter.peak, None
+
+
+def probe_bytes(job: Job, shape, planned: Plan, rows: Tokenized, world: World, device: str) -> int:
+    """Returns the peak bytes of training on this worker, as `probed` does."""
+    peak, run = probed(job, shape, planned, rows, world, device)
+    if run is not None:
+        run.close()
+    return peak
