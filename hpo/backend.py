@@ -15,6 +15,7 @@ from hpo import local
 from hpo import promote as promotion
 from hpo.spec import Spec
 from training import own
+from training.beside import Seats
 from training.recipe import Job, Outcome, Train
 
 
@@ -34,11 +35,14 @@ class Backend:
 
 
 @contextlib.contextmanager
-def backend_of(spec: Spec, train: Train | None, tell: Callable, *, ahead: int = 1) -> Iterator[Backend]:
+def backend_of(
+    spec: Spec, train: Train | None, tell: Callable, *, ahead: int = 1, best: Seats | None = None
+) -> Iterator[Backend]:
     """Yields where trials run. With Ray the cluster is joined, and found large enough, before anything is written.
 
     Args:
         ahead: how many runs there will be at once to begin with.
+        best: how many trials one worker should train at a time, where that is known.
     """
     real = train is None and spec.train == "loop"
     train = train or (own.load(spec.train, "train") if own.is_own(spec.train) else None)
@@ -61,7 +65,7 @@ def backend_of(spec: Spec, train: Train | None, tell: Callable, *, ahead: int = 
     with tune.connect():
         # What a user's own function trains can be anything, so nothing of it is packed.
         resources = spec.resources if train is None else spec.resources.model_copy(update={"mode": "warm"})
-        plan = tune.layout(resources, tune.capacity(), spec.budget.parallel)
+        plan = tune.layout(resources, tune.capacity(), spec.budget.parallel, best=best, trials=spec.budget.trials)
         folder = str(spec.folder / "ray")
         with tune.groups_of(
             spec.name, spec.resources, plan.groups, storage=folder, train=train, ahead=ahead, seats=plan.seats

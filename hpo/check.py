@@ -24,12 +24,12 @@ from hpo.space import Params, value_of
 from hpo.spec import Loaded, Spec
 from training import data as training_data
 from training import memory, pace, retention
-from training.beside import refusal, takes
+from training.beside import PAYS, Seats, refusal, seats, takes
 from training.data import Rows, Tokenized
 from training.model import Shape, describe, load_tokenizer, match
 from training.recipe import Recipe, clashes
 
-PAYS = 300  # trials that nsga2 needs to be ahead of random search (benchmarks/search)
+NSGA2_PAYS = 300  # trials that nsga2 needs to be ahead of random search (benchmarks/search)
 SAMPLED = 200  # random points of the space that the memory prediction is tried on
 COMBINATIONS = 4096  # of the space's choices that are looked at, so that a space of many does not delay the start
 
@@ -45,6 +45,7 @@ class Findings:
     rows: Rows | None = None
     tokens_per_row: int = 0
     trained: pace.Rows | None = None
+    seats: Seats | None = None
     cut: int = 0
     memory: memory.Memory | None = None
     smallest: int | None = None
@@ -101,16 +102,17 @@ def advice(spec: Spec) -> tuple[str, ...]:
     if name == "auto":
         chosen, why = choose(spec.space, len(spec.objectives), 0)
         return (f"algorithm: auto takes {chosen}: {why}",)
-    if name == "nsga2" and trials < PAYS:
-        return (f"nsga2 needs about {PAYS} trials to be ahead of random search, got {trials}: use algorithm: bayes",)
+    if name == "nsga2" and trials < NSGA2_PAYS:
+        return (f"nsga2 needs about {NSGA2_PAYS} trials to be ahead of random search, got {trials}: use algorithm: bayes",)
     return ()
 
 
-def how_trials_run(spec: Spec, recipes: Sequence[Recipe]) -> list[str]:
+def how_trials_run(spec: Spec, recipes: Sequence[Recipe], best: Seats | None = None) -> list[str]:
     """Returns how the trials of a study are run, and which of them cannot be run so, with the reason.
 
     Args:
         recipes: some of the space.
+        best: how many trials one worker should train at a time, where that is known.
     """
     resources, parallel = spec.resources, spec.budget.parallel
     if resources.mode == "local" or spec.train != "loop":
@@ -123,8 +125,10 @@ def how_trials_run(spec: Spec, recipes: Sequence[Recipe]) -> list[str]:
     said = ["worker groups stay up and take trial after trial"]
     said += [f"{_share(count, recipes)} get a group of their own: {reason}" for reason, count in alone.most_common(3)]
     workers = None if os.environ.get("RAY_ADDRESS") else math.floor((os.cpu_count() or 1) / (resources.cpus or 1))
-    if resources.mode == "packed" or (parallel and workers and parallel > workers):
+    pays = best is not None and best.count > 1 and not parallel and (resources.mode == "packed" or best.gain >= PAYS)
+    if resources.mode == "packed" or pays or (parallel and workers and parallel > workers):
         more = f": {parallel} at a time, and {workers} workers here" if parallel and workers else ""
+        more = f": {best.why}" if pays else more
         said[0] += f", several at once in each (packed){more}"
         unpacked = Counter(reason for recipe in recipes if (reason := refusal(recipe)) and not takes(recipe, resources))
         said += [f"{_share(count, recipes)} are trained alone, {reason}" for reason, count in unpacked.most_common(3)]
@@ -326,7 +330,9 @@ def _predict(spec: Spec, shapes: dict[str, Shape], rows: Rows, tokenized: Tokeni
         refusals += verdict.refusal is not None
         example = example or (f"{_brief(recipe, spec)}: {verdict.refusal}" if verdict.refusal else "")
         totals += [verdict.predicted] if verdict.predicted else []
-    notes = [*advice(spec), *how_trials_run(spec, recipes), *rows.notes]
+    trained = pace.Rows(len(tokenized), int(tokenized.lengths().sum()))
+    best = seats(spec.recipe, shape, trained.mean, spec.resources)
+    notes = [*advice(spec), *how_trials_run(spec, recipes, best), *rows.notes]
     if tokenized.cut:
         notes.append(
             f"{tokenized.cut} of {len(tokenized)} training prompts are longer than recipe.max_length and lose their "
@@ -336,7 +342,7 @@ def _predict(spec: Spec, shapes: dict[str, Shape], rows: Rows, tokenized: Tokeni
         notes.append(f"{tokenized.dropped} training rows are longer than recipe.max_length and left out")
     return Findings(
         spec=spec, shape=shape, shapes=shapes, longest=lengths, rows=rows, tokens_per_row=longest, cut=tokenized.cut,
-        trained=pace.Rows(len(tokenized), int(tokenized.lengths().sum())),
+        trained=trained, seats=best,
         memory=memory.predict(
             spec.recipe,
             shape,

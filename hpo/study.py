@@ -471,7 +471,7 @@ def _run(
         began(study)
         tell(phase="done", finished=loaded.spec.budget.trials)
         return study
-    with backend_of(loaded.spec, train, tell, ahead=loaded.spec.budget.trials) as backend:
+    with backend_of(loaded.spec, train, tell, ahead=loaded.spec.budget.trials, best=findings.seats) as backend:
         store = open_store(loaded.spec.storage, loaded.spec.database)
         record, data = enter(store, loaded, digest, findings.shape.hidden if findings.shape else None)
         study = Study(store, record.name)

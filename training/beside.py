@@ -1,11 +1,22 @@
 """Which recipes can be trained in a warm group, and which beside which. Pure: without torch and Ray.
 
-Owns: `takes`, `refusal`, `base_of`, `key_of`. Must not know: how they are trained.
+Owns: `takes`, `refusal`, `base_of`, `key_of`, `seats`. Must not know: how they are trained.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
+from training.model import Shape, match
 from training.recipe import Job, Recipe, Resources
+
+# Of a step: seconds to dispatch its operations for each adapted layer, and operations per second of what computes. The first is
+# paid once for a pack, the second by each trial; on a CPU one after the other, on a GPU side by side (benchmarks/packing).
+DISPATCH = {"cpu": 4e-4, "cuda": 1.6e-4}
+RATE = {"cpu": 5e10, "cuda": 2e14}
+MOST = {"cpu": 8, "cuda": 32}
+PAYS = 1.3  # times the tokens per second from which on a worker takes several trials where nobody asked for it
 
 SHARED = ("model", "revision", "bits", "precision", "targets", "gradient_checkpointing")
 
@@ -47,3 +58,37 @@ def key_of(job: Job) -> str | None:
         return None
     data = job.data.model_dump_json()
     return repr((*base_of(job.recipe), job.recipe.max_length, job.rows, job.cache, data, job.evaluation.rows))
+
+
+@dataclass(frozen=True)
+class Seats:
+    """How many recipes one worker should train at a time, the gain in tokens per second that is expected of it, and why."""
+
+    count: int
+    gain: float
+    why: str
+
+
+def seats(recipe: Recipe, shape: Shape, row_tokens: float, resources: Resources) -> Seats:
+    """Returns how many recipes like this one should be trained at a time by one worker.
+
+    A step takes the time to dispatch its operations and the time to compute them. A pack dispatches once for all its trials, so
+    it gains as long as dispatching is not small beside computing: as many seats as make it half of that.
+
+    Args:
+        recipe: a usual one of the study.
+        shape: of its base.
+        row_tokens: mean tokens of a row.
+        resources: of one worker.
+    """
+    device = "cuda" if resources.gpus else "cpu"
+    cores = max(1, int(resources.cpus)) if device == "cpu" else 1
+    tokens = row_tokens * (recipe.micro_batch or recipe.batch_size)
+    dispatch = DISPATCH[device] * len(match(recipe.targets, shape))
+    compute = 4 * tokens * (shape.linear_parameters + shape.vocabulary * shape.hidden / 3) / (RATE[device] * cores)
+    count = min(MOST[device], max(1, math.ceil(2 * dispatch / compute)))
+    together = max if device == "cuda" else sum
+    gain = together((dispatch, compute)) / together((dispatch / count, compute))
+    why = (f"a step of {tokens:.0f} tokens takes about {1000 * dispatch:.1f} ms to dispatch and {1000 * compute:.1f} ms to "
+           f"compute: {count} at a time, {gain:.1f} times the tokens per second")  # fmt: skip
+    return Seats(count, gain, why)

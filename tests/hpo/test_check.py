@@ -12,8 +12,9 @@ from hpo import check
 from hpo.errors import SpecError
 from hpo.gate import judge
 from hpo.spec import load
+from training.beside import seats
 from training.model import describe
-from training.recipe import Recipe
+from training.recipe import Recipe, Resources
 
 
 def spec(storage, **changes):
@@ -159,9 +160,9 @@ def test_it_says_how_trials_run_and_which_cannot_be_run_so(tmp_path, monkeypatch
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
-    def said(recipes=({}, {}, {"adapter": "dora"}, {"bits": 8}), parallel=None, **resources):
+    def said(recipes=({}, {}, {"adapter": "dora"}, {"bits": 8}), parallel=None, best=None, **resources):
         given = spec(tmp_path, resources=resources, budget={"trials": 9, "parallel": parallel})
-        return check.how_trials_run(given, [Recipe(**changes) for changes in recipes])
+        return check.how_trials_run(given, [Recipe(**changes) for changes in recipes], best)
 
     assert said() == said(mode="warm") == ["worker groups stay up and take trial after trial"]
     packed = said(parallel=8)
@@ -169,4 +170,9 @@ def test_it_says_how_trials_run_and_which_cannot_be_run_so(tmp_path, monkeypatch
     assert packed[1].startswith("25 % of the trials are trained alone, adapter: dora") and "bits: 8" in packed[2]
     assert said(mode="local") == [] and said(mode="fresh") == ["mode: fresh starts a worker group for each trial"]
     assert said(workers=2)[0].startswith("a worker group is started for each trial: resources.workers: 2")
+    pays = seats(Recipe(model="embedded", batch_size=1), describe("embedded"), 35, Resources())
+    assert pays.count == 8 and pays.gain > 2
+    assert said(best=pays)[0].endswith(pays.why) and said(best=pays, parallel=2) == said()
+    full = seats(Recipe(model="embedded", batch_size=64), describe("embedded"), 100, Resources())
+    assert (full.count, full.gain) == (1, 1.0) and said(best=full) == said()
     assert said(({}, {"zero_stage": 2}))[1].startswith("50 % of the trials get a group of their own: recipe.zero_stage: 2")

@@ -29,6 +29,7 @@ from hpo.errors import BackendError, InputError  # noqa: E402
 from hpo.search import Search  # noqa: E402
 from hpo.store import open_store  # noqa: E402
 from training import simulate  # noqa: E402
+from training.beside import Seats  # noqa: E402
 from training.recipe import Outcome, Progress, Resources  # noqa: E402
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this module
@@ -353,6 +354,16 @@ def test_concurrency_is_what_fits_into_the_nodes(resources, asked, expected):
 )
 def test_more_trials_at_a_time_than_workers_are_packed(resources, asked, expected):
     found = tune.layout(Resources(**resources), [{"CPU": 3}, {"CPU": 1}], asked)
+    assert (found.parallel, found.groups, found.seats) == expected
+
+
+@pytest.mark.parametrize(
+    ("mode", "gain", "trials", "expected"),
+    [("auto", 2.0, 96, (16, 4, 4)), ("auto", 2.0, 48, (8, 4, 2)), ("auto", 2.0, 12, (4, 4, 1)), ("auto", 1.2, 96, (4, 4, 1)),
+     ("packed", 1.2, 12, (16, 4, 4)), ("warm", 2.0, 96, (4, 4, 1))],
+)  # fmt: skip
+def test_where_nobody_asks_trials_are_packed_if_it_pays_and_leaves_enough_to_learn_from(mode, gain, trials, expected):
+    found = tune.layout(Resources(mode=mode), [{"CPU": 4}], None, best=Seats(4, gain, ""), trials=trials)
     assert (found.parallel, found.groups, found.seats) == expected
 
 
