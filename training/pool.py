@@ -61,10 +61,11 @@ class Pool:
         self._thread.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, *_) -> None:
         self._closing.set()
         ray.get(self.mailbox.close.remote())
-        self._thread.join()
+        if kind is not KeyboardInterrupt:  # for which nobody waits: the groups end with the mailbox
+            self._thread.join()
 
     def _work(self) -> None:
         demand = 0
@@ -81,6 +82,7 @@ class Pool:
         end = time.monotonic() + GRACE
         while self._groups and time.monotonic() < end:
             self._reap()
+            time.sleep(0.05)
 
     def _start(self) -> None:
         name = f"{self._name}-{self.started}"
