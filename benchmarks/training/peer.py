@@ -1,7 +1,8 @@
 """What a practitioner would run instead: Hugging Face's Trainer on a PEFT model, with the recipe's own settings.
 
-It gets what is known to help it: a fused AdamW, padding to the longest row of a batch, no logging, no saving. The rows come in
-the order in which our loop takes them, or, `grouped`, in the Trainer's own order by length.
+It gets what is known to help it: a fused AdamW, padding to the longest row of a batch, no logging, no saving, and the LoRA layers
+of `training.adapters`, which are up to a tenth faster than PEFT's. The rows come in the order in which our loop takes them, or,
+`grouped`, in the Trainer's own order by length.
 """
 
 from __future__ import annotations
