@@ -23,6 +23,8 @@ from training.recipe import Recipe
 from training.schedule import Plan, rate, supervised
 from training.stacked import Layout, Stack, install, uninstall
 
+# Tokens of one forward. On a CPU what a larger one saves in dispatch it loses in caches (benchmarks/packing).
+AT_ONCE = {"cpu": 768, "cuda": 16_384}
 ODD = (2_654_435_761, 2_246_822_519, 3_266_489_917, 668_265_263)  # large odd numbers that spread what they multiply
 
 
@@ -155,7 +157,7 @@ class Pack:
         """
         active = [seat for seat in self.present if not seat.done]
         offers = [seat.offer() for seat in active]
-        losses = self._learn(active, offers)
+        losses = [loss for some in self._forwards(offers) for loss in self._learn(active[some], offers[some])]
         finished = []
         for seat, rows, loss in zip(active, offers, losses, strict=True):
             seat.loss += loss
@@ -183,6 +185,18 @@ class Pack:
             decay=recipe.weight_decay, step=seat.step + 1,
         )  # fmt: skip
 
+    def _forwards(self, offers: list[list[int]]) -> list[slice]:
+        """Returns which seats share a forward: neighbours, as long as their tokens together are not too many for the caches."""
+        found, most, tokens = [], AT_ONCE.get(torch.device(self.device).type, AT_ONCE["cuda"]), 0
+        for i, rows in enumerate(offers):
+            more = sum(len(self.rows.ids[row]) for row in rows)
+            if found and tokens + more <= most:
+                found[-1], tokens = slice(found[-1].start, i + 1), tokens + more
+            else:
+                found.append(slice(i, i + 1))
+                tokens = more
+        return found
+
     def _learn(self, active: list[Seat], offers: list[list[int]]) -> list[float]:
         """Does one forward and one backward; returns each seat's part of its loss."""
         chosen = sorted(
@@ -207,6 +221,7 @@ class Pack:
         shares = torch.zeros(len(self.seats), dtype=self.stack.dtype, device=self.device)
         for seat in active:
             shares[seat.number] = 1 / supervised(self.rows, seat.plan, seat.step)
+        self.stack.open(active[0].number, active[-1].number + 1, max(seat.recipe.rank for seat in active))
         self.stack.layout = self._layout(chosen, [len(row) for row in ids], batch["position_ids"][0])
         with computing(self.recipe.precision, self.device):
             logits = packing.logits_of(self.model, batch)
@@ -231,6 +246,7 @@ class Pack:
         if any(recipe.dropout for recipe in recipes):
             keep = spread([1 - recipe.dropout for recipe in recipes], self.stack.dtype)
             keys = spread([_key(seat, row) for seat, row in chosen], torch.int64) + positions.unsqueeze(1) * ODD[3]
+        counts = counts[chosen[0][0].number : chosen[-1][0].number + 1]
         ends = torch.tensor(counts, device=self.device).cumsum(0).to(torch.int32)
         return Layout(tuple(counts), ends, spread([_scale(recipe) for recipe in recipes], self.stack.dtype), keep, keys)
 

@@ -27,8 +27,8 @@ class Layout:
     """Whose tokens a forward has, in the order of seats. Immutable: with checkpointing the forward runs again in the backward.
 
     Attributes:
-        counts: tokens of each seat, 0 for one that takes no part.
-        ends: int32 (seats,), where each seat's tokens end.
+        counts: tokens of each open seat, 0 for one that takes no part.
+        ends: int32 (open seats,), where each seat's tokens end.
         scale: (tokens, 1), what each token's adapter output is multiplied by.
         keep: (tokens, 1), share of the adapter's input that dropout keeps; None where no seat drops anything.
         keys: int64 (tokens, 1), by which dropout is drawn: of seed, step, row and place in it, and so of nobody else's rows.
@@ -64,16 +64,32 @@ class Stack(torch.nn.Module):
         for name, (out, inside) in sizes.items():
             self._at[name] = (slice(inside_at, inside_at + inside), slice(out_at, out_at + out))
             inside_at, out_at = inside_at + inside, out_at + out
-        self._look()
+        self._opened: tuple[int, int, int] | None = None
+        self.open(0, seats, self.rank)
 
-    def _look(self) -> None:
-        sizes = self.sizes
-        self.leaves = {name: [view.detach().requires_grad_() for view in self._of(name, "weights")] for name in sizes}
-        self._gradients = [view for name in sizes for view in self._of(name, "gradient")]
+    def open(self, first: int, last: int, rank: int) -> None:
+        """Makes the seats from `first` up to, not with, `last` those whose rows come next: only they get gradients.
+
+        Args:
+            rank: the largest of theirs; what is padded beyond it takes no part.
+        """
+        rank = min(self.rank, math.ceil(rank / ALIGNED) * ALIGNED)
+        if self._opened == (first, last, rank):
+            return
+        self._opened = (first, last, rank)
+        self.leaves = {
+            name: [view[first:last, :rank].detach().requires_grad_() for view in self._of(name, "weights")]
+            for name in self.sizes
+        }
+        self._gradients = [view[first:last, :rank] for name in self.sizes for view in self._of(name, "gradient")]
 
     def _of(self, name: str, array: str) -> list[torch.Tensor]:
         """Returns A (seats, rank, in) and B transposed (seats, rank, out) of a module, as views."""
         return [whole[:, :, at] for whole, at in zip(self.arrays[array], self._at[name], strict=True)]
+
+    def weights(self, name: str) -> list[torch.Tensor]:
+        """Returns A (seats, rank, in) and B transposed (seats, rank, out) of a module, as views."""
+        return self._of(name, "weights")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -86,7 +102,8 @@ class Stack(torch.nn.Module):
             self.rank += more
             pad = (0, 0, 0, more)
             self.arrays = {name: [torch.nn.functional.pad(a, pad) for a in pair] for name, pair in self.arrays.items()}
-            self._look()
+            self._opened = None
+            self.open(0, self.seats, self.rank)
 
     def draw(self, seat: int, rank: int, seed: int) -> None:
         """Gives a seat no moments, and the weights that PEFT gives an adapter of that rank after `torch.manual_seed(seed)`."""
@@ -166,19 +183,23 @@ class StackedLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         layout, (a, b) = self.stack.layout, self.stack.leaves[self.name]
-        y = self.base(x)
         if layout is None:
-            return y if self.stack.only is None else y + self._of_one(x, a, b).to(y.dtype)
+            y = self.base(x)
+            return y if self.stack.only is None else y + self._of_one(x).to(y.dtype)
+        y = self.base(x.flatten(0, -2))
         kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else a.dtype
         tokens = x.reshape(-1, x.shape[-1]).to(kind)
         if layout.keep is not None:
             tokens = (tokens * kept(layout, self.number, tokens)).to(kind)
         z = self.product(tokens, a.to(kind).transpose(1, 2), layout) * layout.scale
-        added = self.product(z.to(kind), b.to(kind), layout)
-        return y + added.view(*y.shape[:-1], -1).to(y.dtype)
+        if len(layout.counts) == 1 and kind == y.dtype == z.dtype:
+            y = y.addmm_(z, b[0])
+        else:
+            y = y.add_(self.product(z.to(kind), b.to(kind), layout).to(y.dtype))
+        return y.unflatten(0, x.shape[:-1])
 
-    def _of_one(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        seat, rank, scale = self.stack.only
+    def _of_one(self, x: torch.Tensor) -> torch.Tensor:
+        (seat, rank, scale), (a, b) = self.stack.only, self.stack.weights(self.name)
         kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else a.dtype
         a, b = a[seat, :rank].to(kind), b[seat, :rank].to(kind)
         return ((x.to(kind) @ a.T) * scale) @ b
@@ -186,6 +207,8 @@ class StackedLinear(torch.nn.Module):
     @staticmethod
     def product(tokens: torch.Tensor, weights: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Returns each seat's tokens times its own matrix: (tokens, n) and (seats, n, m) -> (tokens, m)."""
+        if len(layout.counts) == 1:
+            return tokens @ weights[0]
         if tokens.dtype in GROUPED:
             return grouped_mm(tokens, weights, offs=layout.ends)
         return LoopLinear.product(tokens, weights, layout)
