@@ -16,9 +16,9 @@ import json
 import os
 import shutil
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -122,12 +122,23 @@ def our_groups(storage: Path, size: int, *, seats: int = 1, cpus: float = 1, tra
     name = f"bench-{time.time_ns()}"
     resources = Resources(cpus=cpus, mode="packed" if seats > 1 else "warm")
     with tune.groups_of(name, resources, size, storage=str(storage / name), ahead=size, seats=seats, train=train) as groups:
-        threads = [threading.Thread(target=groups.call, args=("time.sleep", {}, f"up-{i}")) for i in range(size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        until_up(groups, size)
         yield groups
+
+
+def until_up(groups, size: int) -> None:
+    """Waits until so many warm groups are up; one that has had nothing to do for a minute has gone home."""
+    up: set[int] = set()
+    while len(up) < size:
+        with ThreadPoolExecutor(size) as pool:
+            names = [f"up-{i}-{time.time_ns()}" for i in range(size)]
+            up = set(pool.map(lambda name: groups.call("benchmarks.study.rest", {"seconds": 0.5}, name), names))
+
+
+def rest(seconds: float) -> int:
+    """Waits, and returns which process has waited."""
+    time.sleep(seconds)
+    return os.getpid()
 
 
 def our_study(storage: Path, name: str, count: int, steps: int, rows: int, groups, *, parallel: int, train=None) -> tuple:
@@ -168,10 +179,12 @@ def compare(storage: Path, count: int, steps: int, rows: int, rounds: int) -> di
     cores = len(os.sched_getaffinity(0))
     took: dict[str, list[float]] = {"default": [], "tuned": [], "warm": [], "packed": []}
     losses, since = {}, time.perf_counter()
-    with our_groups(storage, cores, seats=4) as groups:
-        up = time.perf_counter() - since
+    # Groups of both kinds are there at once, and idle while others work; half a CPU each is what they hold, not what they use.
+    with our_groups(storage, cores, cpus=0.5) as warm, our_groups(storage, cores, cpus=0.5, seats=4) as packed:
+        up = (time.perf_counter() - since) / 2
         for number in range(rounds):
-            for kind, parallel in (("warm", cores), ("packed", 4 * cores)):
+            for kind, groups, parallel in (("warm", warm, cores), ("packed", packed, 4 * cores)):
+                until_up(groups, cores)
                 name = f"{kind}-{number}-{time.time_ns()}"
                 seconds, trials = our_study(storage, name, count, steps, rows, groups, parallel=parallel)
                 took[kind].append(seconds)
