@@ -65,7 +65,7 @@ def peer_trial(config: dict, kept: dict | None = None) -> float:
         given = DataConfig(**DATA)
         kept["rows"] = data.prepare(data.read(given), given, load_tokenizer(recipe), recipe.max_length)
     rows = kept["rows"]
-    _, model = peer.theirs(recipe, rows.train, plan(recipe, rows.train, workers=1), grouped=False, warm=0)
+    _, model = peer.theirs(recipe, rows.train, plan(recipe, rows.train, workers=1), grouped=False, warm=1)
     held_out = data.sample(rows.validation, config["rows"], seed=0)
     nll, tokens, _ = evaluate.response_scores(model, held_out.ids, held_out.prompt_lengths, batch_size=32)
     return sum(nll) / sum(tokens)
@@ -244,14 +244,14 @@ def inside(jobs: list[dict]) -> dict[str, float]:
 
         return call
 
-    probe, score = loop.probe_bytes, loop.scored
-    loop.probe_bytes, loop.scored = timed(probe), timed(score)
+    probe, score = loop.probed, loop.scored
+    loop.probed, loop.scored = timed(probe), timed(score)
     try:
         for raw in jobs:
             spent.append(0.0)
             loop.train(Job.model_validate(raw))
     finally:
-        loop.probe_bytes, loop.scored = probe, score
+        loop.probed, loop.scored = probe, score
     return {"measuring": statistics.median(spent)}
 
 
@@ -356,12 +356,12 @@ def main() -> None:
 
     small = options.quick
     parts: dict[str, Callable[[], Any]] = {
-        "compare": lambda: compare(storage, 4 if small else TRIALS, 5 if small else 40, 32, 1 if small else ROUNDS),
         "warm": lambda: warm_trial_ms(storage, 4 if small else 12),
         "tune_trial_ms": lambda: {str(n): tune_trial_ms(storage, n, 6 if small else 60) for n in ((1,) if small else (1, 8))},
-        "orchestration_share": lambda: None if small else orchestration_share(storage),
         "early_stops": lambda: early_stops(storage, 20 if small else 1000),
         "told": lambda: told_against_alone(storage, 4 if small else 24, 20 if small else 150),
+        "compare": lambda: compare(storage, 4 if small else TRIALS, 5 if small else 40, 32, 1 if small else ROUNDS),
+        "orchestration_share": lambda: None if small else orchestration_share(storage),
     }  # fmt: skip
     found: dict[str, Any] = {}
     with tune.session(), tune.connect():
