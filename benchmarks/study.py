@@ -230,28 +230,30 @@ def warm_trial_ms(storage: Path, trials: int) -> dict[str, float]:
 def inside(jobs: list[dict]) -> dict[str, float]:
     """Returns the median seconds per run that are spent on counting bytes and on scoring rows. Runs on a worker."""
     from training import loop
+    from training import run as runs
     from training.recipe import Job
 
     spent: list[float] = []
 
-    def timed(function):
+    def timed(function, sign: int = 1):
         def call(*args, **named):
             since = time.perf_counter()
             try:
                 return function(*args, **named)
             finally:
-                spent[-1] += time.perf_counter() - since
+                spent[-1] += sign * (time.perf_counter() - since)
 
         return call
 
-    probe, score = loop.probed, loop.scored
+    probe, score, set_up = loop.probed, loop.scored, runs.set_up
     loop.probed, loop.scored = timed(probe), timed(score)
+    runs.set_up = timed(set_up, -1)  # the probe's run becomes the trial's: setting it up is no measuring
     try:
         for raw in jobs:
             spent.append(0.0)
             loop.train(Job.model_validate(raw))
     finally:
-        loop.probed, loop.scored = probe, score
+        loop.probed, loop.scored, runs.set_up = probe, score, set_up
     return {"measuring": statistics.median(spent)}
 
 
