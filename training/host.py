@@ -30,7 +30,7 @@ from training.resumption import Checkpoints, identity
 from training.run import Run, probed, set_up
 from training.world import World
 
-SOLO = 6  # steps of a trial alone by which its seconds are estimated, after one that warms up
+WARM, SOLO = 2, 8  # steps of a trial alone: those that warm up, and those by which its seconds are estimated
 
 
 class Estimated:
@@ -177,8 +177,10 @@ class Host:
                 torch.cuda.reset_peak_memory_stats()
             took = []
             if isinstance(ledger.watch, Estimated):
-                step_seconds(run, rows, planned, count=1)
-                took = step_seconds(run, rows, planned, count=SOLO)
+                # One thread's own seconds are those that it would take alone, whoever else wants the processor now.
+                own = device == "cpu" and torch.get_num_threads() == 1
+                step_seconds(run, rows, planned, count=WARM)
+                took = step_seconds(run, rows, planned, count=SOLO, clock=time.process_time if own else time.perf_counter)
             if device == "cuda":
                 ledger.peak = torch.cuda.max_memory_allocated() - max(0, neighbours)
             run.close()

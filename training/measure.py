@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import gc
 import statistics
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,10 +56,12 @@ def _time_one(job: Job, repeats: int, steps: int) -> dict[str, Any]:
     return {"seconds": ordered[len(ordered) // 2], "low": ordered[0], "high": ordered[-1], "repeats": repeats, "peak_bytes": peak}
 
 
-def step_seconds(run: Run, rows: Tokenized, planned: Plan, *, count: int) -> list[float]:
-    """Returns the seconds of `count` optimizer steps (at most those that there are), spread evenly over the plan."""
+def step_seconds(
+    run: Run, rows: Tokenized, planned: Plan, *, count: int, clock: Callable[[], float] = time.perf_counter
+) -> list[float]:
+    """Returns the seconds of `count` optimizer steps (at most those that there are), spread evenly over the plan, by a clock."""
     count = min(count, planned.steps)
-    watch, found = Stopwatch(run.device), []
+    watch, found = Stopwatch(run.device, clock), []
     for i in range(count):
         step = int((i + 0.5) * planned.steps / count)
         chunks, tokens = planned.micro_batches(step, 0, 1), supervised(rows, planned, step)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -74,19 +74,19 @@ def count_bytes(held):
 class Stopwatch:
     """Adds up the seconds between `start` and `stop`; waits for the GPU at both, so that kernels are counted where they ran."""
 
-    def __init__(self, device: str):
-        self._cuda = device.startswith("cuda")
+    def __init__(self, device: str, clock: Callable[[], float] = time.perf_counter):
+        self._cuda, self._clock = device.startswith("cuda"), clock
         self.seconds = 0.0
         self._since: float | None = None
 
     def start(self) -> None:
         self._wait()
-        self._since = time.perf_counter()
+        self._since = self._clock()
 
     def stop(self) -> float:
         """Returns the seconds since `start` and adds them to the total."""
         self._wait()
-        elapsed = time.perf_counter() - self._since
+        elapsed = self._clock() - self._since
         self.seconds += elapsed
         self._since = None
         return elapsed
