@@ -65,7 +65,7 @@ def backend_of(
     with tune.connect():
         # What a user's own function trains can be anything, so nothing of it is packed.
         resources = spec.resources if train is None else spec.resources.model_copy(update={"mode": "warm"})
-        plan = tune.layout(resources, tune.capacity(), spec.budget.parallel, best=best, trials=spec.budget.trials)
+        plan = tune.layout(resources, tune.capacity(), spec.budget.parallel, best=best)
         folder = str(spec.folder / "ray")
         with tune.groups_of(
             spec.name, spec.resources, plan.groups, storage=folder, train=train, ahead=ahead, seats=plan.seats

@@ -24,7 +24,7 @@ from hpo.space import Params, value_of
 from hpo.spec import Loaded, Spec
 from training import data as training_data
 from training import memory, pace, retention
-from training.beside import PAYS, Seats, refusal, seats, takes
+from training.beside import Seats, refusal, seats, takes
 from training.data import Rows, Tokenized
 from training.model import Shape, describe, load_tokenizer, match
 from training.recipe import Recipe, clashes
@@ -125,10 +125,10 @@ def how_trials_run(spec: Spec, recipes: Sequence[Recipe], best: Seats | None = N
     said = ["worker groups stay up and take trial after trial"]
     said += [f"{_share(count, recipes)} get a group of their own: {reason}" for reason, count in alone.most_common(3)]
     workers = None if os.environ.get("RAY_ADDRESS") else math.floor((os.cpu_count() or 1) / (resources.cpus or 1))
-    pays = best is not None and best.count > 1 and not parallel and (resources.mode == "packed" or best.gain >= PAYS)
-    if resources.mode == "packed" or pays or (parallel and workers and parallel > workers):
+    chosen = best is not None and best.count > 1 and not parallel and resources.mode == "packed"
+    if resources.mode == "packed" or (parallel and workers and parallel > workers):
         more = f": {parallel} at a time, and {workers} workers here" if parallel and workers else ""
-        more = f": {best.why}" if pays else more
+        more = f": {best.why}" if chosen else more
         said[0] += f", several at once in each (packed){more}"
         unpacked = Counter(reason for recipe in recipes if (reason := refusal(recipe)) and not takes(recipe, resources))
         said += [f"{_share(count, recipes)} are trained alone, {reason}" for reason, count in unpacked.most_common(3)]

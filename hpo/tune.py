@@ -30,7 +30,7 @@ from hpo.errors import BackendError, InputError, Problem
 from hpo.search import Search, job_of
 from serving.targets import haproxy
 from training import own
-from training.beside import PAYS, Seats
+from training.beside import Seats
 from training.desk import Groups
 from training.errors import WorkersFailed, WorkersLost
 from training.mailbox import GRACE, mailbox_of
@@ -44,7 +44,6 @@ DRIVER = {"cpu": 0, "node:__internal_head__": 0.001}
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # what `ray up` leaves on a head node
 GROWTH = "HPO_GROWTH"  # the same for clusters whose autoscaler does not say how far it goes, such as KubeRay's
 SEATS = 4  # of a packed group where nothing says how many
-AT_A_TIME = 1 / 6  # of a study's trials, where they are packed without being asked for
 TRIES = 3  # of what is measured after the search, when workers are lost
 
 Node = dict[str, float]
@@ -173,7 +172,7 @@ class Layout:
     seats: int
 
 
-def layout(resources: Resources, nodes: list[Node], asked: int | None, *, best: Seats | None = None, trials: int = 0) -> Layout:
+def layout(resources: Resources, nodes: list[Node], asked: int | None, *, best: Seats | None = None) -> Layout:
     """Returns how trials run on a cluster.
 
     Args:
@@ -181,7 +180,6 @@ def layout(resources: Resources, nodes: list[Node], asked: int | None, *, best: 
         nodes: of the cluster.
         asked: `budget.parallel`.
         best: how many trials one worker should train at a time, where that is known.
-        trials: of the study; without being asked, no more than a share of them run at a time, or each would learn from too few.
 
     Raises:
         BackendError: not even one trial fits.
@@ -194,9 +192,8 @@ def layout(resources: Resources, nodes: list[Node], asked: int | None, *, best: 
         seats = min(math.ceil(asked / fits), resources.seats or asked)
     elif resources.seats or resources.mode == "packed":
         seats = resources.seats or (best.count if best else SEATS)
-    else:
-        most = max(1, math.floor(trials * AT_A_TIME / fits))
-        seats = min(best.count, most) if best and best.gain >= PAYS else 1
+    else:  # not unasked: each seat costs a process of Tune's and a run alone, which short trials never earn (benchmarks/study)
+        seats = 1
     groups = min(fits, math.ceil((asked or fits * seats) / seats))
     return Layout(min(groups * seats, asked or groups * seats), groups, seats)
 

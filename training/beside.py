@@ -16,7 +16,6 @@ from training.recipe import Job, Recipe, Resources
 DISPATCH = {"cpu": 4e-4, "cuda": 1.6e-4}
 RATE = {"cpu": 5e10, "cuda": 2e14}
 MOST = {"cpu": 8, "cuda": 32}
-PAYS = 1.3  # times the tokens per second from which on a worker takes several trials where nobody asked for it
 
 SHARED = ("model", "revision", "bits", "precision", "targets", "gradient_checkpointing")
 

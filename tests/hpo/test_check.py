@@ -172,7 +172,7 @@ def test_it_says_how_trials_run_and_which_cannot_be_run_so(tmp_path, monkeypatch
     assert said(workers=2)[0].startswith("a worker group is started for each trial: resources.workers: 2")
     pays = seats(Recipe(model="embedded", batch_size=1), describe("embedded"), 35, Resources())
     assert pays.count == 8 and pays.gain > 2
-    assert said(best=pays)[0].endswith(pays.why) and said(best=pays, parallel=2) == said()
+    assert said(best=pays, mode="packed")[0].endswith(pays.why) and said(best=pays) == said()
     full = seats(Recipe(model="embedded", batch_size=64), describe("embedded"), 100, Resources())
     assert (full.count, full.gain) == (1, 1.0) and said(best=full) == said()
     assert said(({}, {"zero_stage": 2}))[1].startswith("50 % of the trials get a group of their own: recipe.zero_stage: 2")

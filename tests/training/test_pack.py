@@ -6,8 +6,8 @@ import random
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.packing import Operations
 from training import pack
 from training.data import prepare, read
 from training.model import describe, load_tokenizer
@@ -179,16 +179,6 @@ def test_dropout_keeps_its_share_and_differs_by_layer_step_and_row():
         assert (mask > 0).float().mean(0).std() < 0.02 and (mask > 0).float().mean(1).std() < 0.025  # binomial: 0.015, 0.019
     both = ((masks[0] == 0) & (masks[1] == 0)).float().mean().item()
     assert both == pytest.approx(0.01, abs=0.002)
-
-
-class Operations(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        return function(*args, **(kwargs or {}))
 
 
 def test_a_pack_of_eight_needs_a_fifth_of_the_operations_for_each_step(rows):
