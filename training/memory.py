@@ -129,46 +129,68 @@ class _Peak:
         """
         recipe, block, size, mask = self.recipe, self.block, self.size, self.mask
         layers, full = self.shape.layers, recipe.adapter == "full"
-        attention, inner = _kept(recipe, block, size, mask, load.width)
-        standing = 2 * block.head * size + INDICES  # rotary tables, indices
-        if recipe.gradient_checkpointing:  # the inputs of all blocks, and what one keeps while it runs again
-            standing += layers * block.hidden * size + FP32 * block.hidden
-            if recipe.bits == 8:  # LLM.int8 keeps its inputs where checkpointing does not see them
-                standing += layers * (2 * block.hidden + block.attention + block.wide) * size
-            kept = standing + attention + inner
-        else:
-            kept = standing = standing + layers * (attention + inner) - _below(block, attention, size)
+        attention, inner = _kept(recipe, block, size, mask, load)
+        standing, kept, again, unseen = self._per_token(attention, inner)
         copies, norms = _dora_bytes(recipe, _trained_modules(recipe, self.shape), size)
         ends = _embedding_bytes(recipe, self.shape)
-        # Padded queries, keys, values and outputs of attention; and the outputs once more, without padding.
-        padded = load.padding * 2 * (block.attention + block.keys) + load.unequal * block.attention
-        copies += self.casts + layers * padded * size
+        # Padding of queries, keys, values and outputs of attention.
+        copies += self.casts + layers * load.padding * 2 * (block.attention + block.keys) * size
         once = copies / layers  # of one block
-        copies = once if recipe.gradient_checkpointing else copies
         resting = self.head + (0 if recipe.gradient_checkpointing else copies)  # where no block is at work
-        copies += self.head
+        copies = once if recipe.gradient_checkpointing else copies
+        wide, hidden = block.wide * size, block.hidden * size
         shared = _shared(recipe)  # adapters keep their input itself, else a copy of their own
-        down = block.wide * (size + mask) if block.down and not (shared and recipe.bits == 8) else 0  # freed once it was used
+        down = block.wide * (size + mask) if block.down else 0  # freed once it was used
+        if recipe.bits == 8 and not recipe.gradient_checkpointing and not (block.down and shared):
+            down += block.wide * size
         product = 0 if shared or recipe.bits == 8 else block.wide * size  # else it is kept already
         cast = FP32 * block.wide * (2 if self.dropout else 1) if block.down and size < FP32 and not full else 0
+        # Copies of the product in fp32 for dropout and adapter, with the output of the base; or, if more, the outputs of base and
+        # adapter and the two ends of the residual stream, which a block that runs again does not get to.
+        tail = cast + hidden if cast else 0
+        tail = tail + FP32 * block.hidden * bool(cast) if recipe.gradient_checkpointing else max(tail, 4 * hidden)
+        inside = norms if block.inner_inputs else 0
         scratch = max((a * b for a, b in self.shape.linear.values()), default=0) * size if recipe.bits < 16 else 0
-        wide, hidden = block.wide * size, block.hidden * size
         earlier = self.gradients if later else 0
+        most = max(earlier, self.gradients * (layers - 1) / layers)
+        rerun = product + tail if recipe.gradient_checkpointing else 0
         tokens, scores = load.tokens, load.scored * self.shape.vocabulary
         return [
-            # End of forward: the product of the feed-forward part, its copies in fp32 for dropout and adapter, the outputs of
-            # base and adapter and the two ends of the residual stream.
-            (earlier, tokens * (kept + product + cast + 4 * hidden) + copies + norms, 0),
+            # End of forward, in the last feed-forward part; or, where that has no norm of DoRA's, in the attention before it.
+            (earlier, tokens * (kept + product + tail) + copies + inside, 0),
+            (earlier, tokens * (kept - inner) + copies + norms, 0),
             # Loss: the logits' logarithm and two gradients, in fp32.
             (earlier, tokens * standing + resting, 3 * FP32 * scores),
             # Backward through the last feed-forward part: gradients of product, activation and gate, and the residual's; or a
             # dequantized weight.
-            (earlier, tokens * (kept - down + 3 * wide + hidden) + copies + ends / 2, 0),
-            (earlier, tokens * (kept + hidden) + copies + scratch, 0),
+            (earlier, tokens * (again - down + 3 * wide + hidden) + copies + ends / 2, 0),
+            (earlier, tokens * (again + hidden) + copies + scratch, 0),
             # End of backward: the first block, and the gradients of all others; then all gradients alone.
-            (self.gradients * (layers - 1) / layers, tokens * (attention + inner + 3 * wide + hidden) + once, 0),
-            (self.gradients, tokens * hidden + ends, 0),
+            (most, tokens * (attention + inner + unseen + 3 * wide + hidden) + once, 0),
+            (most, tokens * (attention + inner + unseen + rerun) + once + inside * recipe.gradient_checkpointing, 0),
+            (self.gradients, tokens * hidden + ends * (1.5 if later else 1), 0),
         ]
+
+    def _per_token(self, attention: float, inner: float) -> tuple[float, float, float, float]:
+        """Returns bytes per token: what stands where no block is at work, what there is while the last block runs and while its
+        backward pass does, and what LLM.int8 keeps where checkpointing does not see it, to the end.
+
+        Args:
+            attention, inner: what these parts of a block keep.
+        """
+        block, layers, size = self.block, self.shape.layers, self.size
+        standing = 2 * block.head * size + INDICES  # rotary tables, indices
+        stream = (FP32 if self.recipe.bits == 32 else size) * block.hidden  # of the residual stream
+        if not self.recipe.gradient_checkpointing:
+            standing += (FP32 * block.hidden + stream) * (self.recipe.adapter == "full")  # the last norm, its weight trained
+            standing += layers * (attention + inner) - _below(block, attention, size, self.mask)
+            return standing, standing, standing, 0
+        # The inputs of all blocks and the last norm's, and what one block keeps while it runs again.
+        unseen = layers * (2 * block.hidden + block.attention + block.wide) * size if self.recipe.bits == 8 else 0
+        standing += unseen + layers * stream
+        again = standing + attention + inner - (stream if stream == FP32 * block.hidden else 0)  # an fp32 norm's input is its own
+        standing += FP32 * block.hidden
+        return standing, standing + attention + inner, again, unseen
 
 
 def _weight_bytes(recipe: Recipe, shape: Shape, workers: int) -> float:
@@ -261,9 +283,9 @@ def _dora_bytes(recipe: Recipe, targets: dict[str, tuple[int, int]], size: int) 
     """
     if recipe.adapter != "dora":
         return 0, 0
-    converted = recipe.bits < 16 or (recipe.bits == 32 and size < FP32)
+    converted = recipe.bits < 16 or size < FP32
     copies = size * sum(a * b for a, b in targets.values()) if recipe.dropout and converted else 0
-    return copies, FP32 * max(width * width + 3 * out * width for out, width in targets.values())
+    return copies, max(size * width * width + (3 + converted) * FP32 * out * width for out, width in targets.values())
 
 
 def _embedding_bytes(recipe: Recipe, shape: Shape) -> float:
@@ -301,40 +323,42 @@ def _block(recipe: Recipe, shape: Shape) -> _Block:
     )  # fmt: skip
 
 
-def _below(block: _Block, attention: float, size: int) -> float:
+def _below(block: _Block, attention: float, size: int, mask: int) -> float:
     """Returns the bytes per token that the first block does not keep, because nothing below its first adapter has a gradient."""
     if block.attention_inputs:
-        return 0
+        return mask * block.hidden * (len(block.attention_inputs) - block.out)  # what was dropped of its input
     only_down = block.down and len(block.inner_inputs) == 1
-    return attention + (FP32 * block.hidden + block.into * size if only_down else 0)
+    return attention + FP32 * block.hidden + (block.into * size if only_down else 0)
 
 
-def _kept(recipe: Recipe, block: _Block, size: int, mask: int, width: int) -> tuple[float, float]:
+def _kept(recipe: Recipe, block: _Block, size: int, mask: int, load: Load) -> tuple[float, float]:
     """Returns the bytes per token that the attention and the feed-forward part of one block keep for the backward pass."""
     # The input of the norm and its scale in fp32; queries, keys, values, the output; the log-sum-exp of each head. In padded
     # batches keys and values are repeated to all heads, and there is a row of the attention mask.
-    heads = 2 * block.attention + 2 * block.keys if recipe.packing == "auto" else 4 * block.attention + width
+    heads = 2 * block.attention + 2 * block.keys if recipe.packing == "auto" else 4 * block.attention + load.width
     attention = FP32 * (block.hidden + 1) + heads * size + FP32 * block.heads
     # The input of the norm and its scale in fp32; gate and up; where gated also the activation, which is multiplied.
     inner = FP32 * (block.hidden + 1) + block.into * size + (block.wide * size if block.into > block.wide else 0)
     full = recipe.adapter == "full"
+    stream = FP32 if recipe.bits == 32 else size
+    held = recipe.bits == 8 and not recipe.gradient_checkpointing  # those of a block that runs again are let go with its graph
     parts = (block.attention_inputs, block.attention_outputs, block.attention), (block.inner_inputs, block.inner_outputs, None)
     for inputs, outputs, own in parts:
         # The inner dimension; a norm whose weight is trained keeps what it multiplies; DoRA the outputs of base and adapter.
-        added = size * block.hidden if full else start_rank(recipe) * size * len(inputs)
+        added = stream * block.hidden if full else start_rank(recipe) * size * len(inputs)
         added += 2 * size * outputs if recipe.adapter == "dora" else 0
         if _shared(recipe):
-            # The adapters share the input as it is. That of the output projection is kept by attention already, but for a packed
-            # forward, where it is put together from its rows.
+            # The adapters share the input as it is. That of the output projection is kept by attention already, unless it is put
+            # together from its parts.
             ahead = len(inputs) - block.out
             distinct = list(set(inputs)) if own is None else [block.hidden] * bool(ahead)
-            distinct += [own] * (own is not None and block.out and recipe.packing == "auto")
+            distinct += [own] * (own is not None and (block.out or held) and load.apart)
             added += size * sum(distinct)
         else:
             added += (size + mask) * sum(inputs)  # each adapter its own cast or dropped copy, and the mask
-        if recipe.bits == 8 and not (inputs and _shared(recipe)):
-            # LLM.int8 keeps the inputs as well; that of a padded output projection is kept by attention already.
-            added += size * (block.hidden + (block.wide if own is None else block.attention * (recipe.packing == "auto")))
+        if held and not (inputs and _shared(recipe)):
+            # LLM.int8 keeps the inputs as well; that of the output projection may be kept by attention already.
+            added += size * (block.hidden + (block.wide if own is None else block.attention * load.apart))
         attention, inner = (attention + added, inner) if own is not None else (attention, inner + added)
     return attention, inner
 

@@ -214,7 +214,7 @@ class Pack:
             "position_ids": of(at for row in ids for at in range(len(row)))[None],
             "keep": of(at for start, row, first in zip(starts, ids, firsts, strict=False)
                        for at in range(start + first - 1, start + len(row) - 1)),
-            "rows": (packing.together([len(row) for row in ids], device=self.device),),
+            "rows": packing.grouped([[len(row) for row in ids]], device=self.device),
         }  # fmt: skip
         labels = of(token for row, first in zip(ids, firsts, strict=True) for token in row[first:])
         whose = of(seat.number for (seat, _), count in zip(chosen, answers, strict=True) for _ in range(count))

@@ -24,46 +24,48 @@ TRIED = (3, 3, 4)  # tokens of the rows on which a model is tried
 
 
 @dataclass(frozen=True)
-class Group:
-    """Rows beside each other that attention takes together: `lengths` of each in tokens.
+class Rows:
+    """Rows of a packed forward, and how attention takes them: those of like length beside each other, padded to the longest.
 
-    `places`: int64 (tokens,), where each token lies when the rows are padded to the longest; None where they are equally long.
+    `groups`: (rows, longest) of each, in the order of the tokens. Where anything is padded, `padded`: int64 (padded tokens,),
+    which token lies there, one past the last where a row has ended; `places`: int64 (tokens,), where each token lies among them.
     """
 
-    lengths: tuple[int, ...]
-    places: torch.Tensor | None
+    groups: tuple[tuple[int, int], ...]
+    padded: torch.Tensor | None = None
+    places: torch.Tensor | None = None
 
-    @property
-    def tokens(self) -> int:
-        return sum(self.lengths)
-
-    def taken(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Returns (tokens, heads, head size) as (rows, heads, longest, head size); zeros where a row has ended."""
-        count, longest = len(self.lengths), max(self.lengths)
-        if self.places is not None:
+    def taken(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """Returns (tokens, heads, head size) as (rows, heads, longest, head size) of each group; zeros where a row has ended."""
+        if self.padded is not None:
             # Zeros and nobody's tokens: what is computed of them is thrown away, but its gradient, 0, is multiplied with it.
-            tokens = tokens.new_zeros(count * longest, *tokens.shape[1:]).index_copy(0, self.places, tokens)
-        return tokens.unflatten(0, (count, longest)).transpose(1, 2)
+            # Gathered, because that keeps nothing for the backward pass; putting tokens in their places would keep them.
+            tokens = torch.cat((tokens, tokens.new_zeros(1, *tokens.shape[1:]))).index_select(0, self.padded)
+        parts = tokens.split([count * longest for count, longest in self.groups])
+        return [part.unflatten(0, group).transpose(1, 2) for part, group in zip(parts, self.groups, strict=True)]
 
-    def given_back(self, rows: torch.Tensor) -> torch.Tensor:
-        """Returns (rows, longest, heads, head size) as (tokens, heads, head size)."""
-        return rows.flatten(0, 1) if self.places is None else rows.flatten(0, 1).index_select(0, self.places)
-
-
-Rows = tuple[Group, ...]  # of a packed forward, in the order of its tokens
-
-
-def grouped(lengths: list[int], *, device) -> Rows:
-    """Returns rows of ascending lengths in groups."""
-    return tuple(together(same, device=device) for same in alike(lengths))
+    def given_back(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """Returns (rows, longest, heads, head size) of each group as (tokens, heads, head size)."""
+        flat = [part.flatten(0, 1) for part in parts]
+        tokens = flat[0] if len(flat) == 1 else torch.cat(flat)
+        return tokens if self.places is None else tokens.index_select(0, self.places)
 
 
-def together(lengths: list[int], *, device) -> Group:
-    """Returns rows of any lengths as one group."""
-    longest, places = max(lengths), None
-    if min(lengths) < longest:
-        places = torch.tensor([row * longest + at for row, length in enumerate(lengths) for at in range(length)], device=device)
-    return Group(tuple(lengths), places)
+def grouped(lengths: list[list[int]], *, device) -> Rows:
+    """Returns rows of some groups, in the order of their tokens; any lengths may stand beside each other in a group."""
+    groups = tuple((len(group), max(group)) for group in lengths)
+    if all(min(group) == max(group) for group in lengths):
+        return Rows(groups)
+    padded: list[int] = []
+    places: list[int] = []
+    total = sum(map(sum, lengths))
+    for group in lengths:
+        longest = max(group)
+        for length in group:
+            first = len(places)
+            places += range(len(padded), len(padded) + length)
+            padded += [*range(first, first + length), *[total] * (longest - length)]
+    return Rows(groups, torch.tensor(padded, device=device), torch.tensor(places, device=device))
 
 
 def batch_of(ids: list[list[int]], prompt_lengths: list[int], *, device) -> dict:
@@ -84,7 +86,7 @@ def batch_of(ids: list[list[int]], prompt_lengths: list[int], *, device) -> dict
         labels += row[first:]
         positions += range(len(row))
         tokens += row
-    rows = grouped([len(ids[i]) for i in order], device=device)
+    rows = grouped(alike([len(ids[i]) for i in order]), device=device)
     tensors = {"input_ids": [tokens], "position_ids": [positions], "labels": labels, "keep": keep}
     return {name: torch.tensor(value, dtype=torch.long, device=device) for name, value in tensors.items()} | {"rows": rows}
 
@@ -110,15 +112,16 @@ def attention(module, query, key, value, attention_mask, *, rows: Rows | None = 
 
     if rows is None:
         return sdpa(module, query, key, value, attention_mask, sliding_window=sliding_window, **options)
-    found, sizes = [], [group.tokens for group in rows]
-    for group, *parts in zip(rows, *(each[0].transpose(0, 1).split(sizes) for each in (query, key, value)), strict=True):
-        alone, length, mask = [group.taken(part) for part in parts], max(group.lengths), None
+    found = []
+    parts = (rows.taken(each[0].transpose(0, 1)) for each in (query, key, value))
+    for (_, length), *alone in zip(rows.groups, *parts, strict=True):
+        mask = None
         if sliding_window is not None and sliding_window < length:
             seen = torch.ones((length, length), dtype=torch.bool, device=query.device)
             mask = (seen.tril() & seen.triu(1 - sliding_window))[None, None]
         out, _ = sdpa(module, *alone, mask, **options)
-        found.append(group.given_back(out))
-    return torch.cat(found)[None], None
+        found.append(out)
+    return rows.given_back(found)[None], None
 
 
 def enable(model) -> None:

@@ -150,14 +150,14 @@ def supervised(rows: Tokenized, planned: Plan, step: int) -> int:
 class Load:
     """One forward: its tokens and the positions whose logits are computed, padding among both; `width` of its longest row.
 
-    `unequal`: tokens of a packed forward that attention takes in groups of unlike lengths; `padding`: what it adds to them.
+    `padding`: tokens that attention adds to the rows of a packed forward; `apart`: it takes them in more parts than one.
     """
 
     tokens: int
     scored: int
     width: int
-    unequal: int = 0
     padding: int = 0
+    apart: bool = False
 
 
 def loads(chunks: list[list[int]], rows: Tokenized, *, packed: bool) -> list[Load]:
@@ -168,9 +168,9 @@ def loads(chunks: list[list[int]], rows: Tokenized, *, packed: bool) -> list[Loa
         answers = [len(rows.ids[r]) - max(rows.prompt_lengths[r], 1) for r in chunk]
         width = max(lengths)
         if packed:
-            unequal = [group for group in alike(lengths) if group[0] < group[-1]]
-            padding = sum(len(group) * group[-1] - sum(group) for group in unequal)
-            found.append(Load(sum(lengths), sum(answers), width, sum(map(sum, unequal)), padding))
+            groups = alike(lengths)
+            padding = sum(len(group) * group[-1] for group in groups) - sum(lengths)
+            found.append(Load(sum(lengths), sum(answers), width, padding, len(groups) > 1 or padding > 0))
         else:  # rows end together: the last columns are scored, and one that predicts them
             found.append(Load(len(chunk) * width, len(chunk) * min(max(answers) + 1, width), width))
     return found

@@ -22,7 +22,7 @@ from training.run import probe_bytes
 from training.world import World
 
 RECIPES = 100
-SEED = 1
+SEED = 12  # of recipes to which the formula was not fitted
 TARGETS = ("all-linear", "all-linear", "attention", "mlp", ("q_proj", "v_proj"))
 LONGEST = {"embedded": 160, "small": 160, "medium": 96}  # tokens of a row
 BATCHES = {"embedded": (1, 2, 4, 8, 12, 16, 24), "small": (1, 2, 4, 8, 12, 16, 24), "medium": (1, 2, 4, 6, 8)}

@@ -169,11 +169,22 @@ def test_a_batch_has_each_token_once_and_labels_where_they_are_predicted():
     rows = some_rows()
     batch = packing.batch_of(rows.ids, rows.prompt_lengths, device="cpu")
     assert batch["input_ids"].shape == (1, sum(LENGTHS)) and len(batch["labels"]) == tokens_of(rows)
-    assert [group.lengths for group in batch["rows"]] == [(2, 5, 9, 9, 17), (30,)]  # 3 + 2 * 4 + 4 * 8 tokens of padding
+    assert batch["rows"].groups == ((5, 17), (1, 30))  # rows of 2, 5, 9, 9 and 17: 3 + 2 * 4 + 4 * 8 tokens of padding
+    assert batch["rows"].padded.tolist().count(sum(LENGTHS)) == 43
     following = batch["input_ids"][0, batch["keep"] + 1]
     assert torch.equal(following, batch["labels"])
     padded = evaluate.batch_of(rows.ids, rows.prompt_lengths, pad=0, device="cpu")
     assert sorted(batch["labels"].tolist()) == sorted(padded["labels"][padded["labels"] != -100].tolist())
+
+
+def test_what_is_padded_for_attention_is_not_kept_as_it_was_too():
+    tokens, kept = torch.randn(12, 2, 4, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda kept_: kept.append(kept_) or kept_, lambda kept_: kept_):
+        rows = packing.grouped([[3, 4], [5]], device="cpu")
+        parts = rows.taken(tokens)
+        back = rows.given_back([part.transpose(1, 2) for part in parts])
+    assert [part.shape for part in parts] == [(2, 2, 4, 4), (1, 2, 5, 4)] and not parts[0][0, :, 3].any()
+    assert torch.equal(back, tokens) and all(not each.is_floating_point() for each in kept)
 
 
 def test_packing_is_auto_or_off():
