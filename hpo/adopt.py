@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpo import dialects, spec
+from hpo import dialects, spec, written
 from hpo.dialects import Foreign
 from hpo.errors import InputError, Problem
 from training.model import describe
@@ -44,13 +44,13 @@ def adopt(path: str | Path, *, name: str | None = None, folder: Path | None = No
     """
     path, folder = Path(path), (folder or Path.cwd()).resolve()
     try:
-        raw = spec.parse(path.read_text(encoding="utf-8-sig"), str(path))
+        raw = written.parse(path.read_text(encoding="utf-8-sig"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(Problem("--from", f"{path} cannot be read ({error}).", "Name a YAML file.")) from None
     found = dialects.read(raw, registry=_registry(raw, path.parent))
     title = _name(name or path.stem)
     text = "\n".join(_lines(found, title, path, folder)) + "\n"
-    spec.build(spec.parse(text), folder)
+    spec.build(written.parse(text), folder)
     return Adopted(text, (f"a file of {PROGRAMS[found.program]}", *found.notes), found.left)
 
 
@@ -100,7 +100,7 @@ def _small(recipe: Mapping[str, Any]) -> bool:
 def _space(recipe: Mapping[str, Any], gpu: bool) -> list[str]:
     """Returns what is to vary: a bundled space, without what this recipe cannot have."""
     name = "tiny" if not gpu else "qlora" if recipe.get("bits") == 4 else "lora"
-    varied = spec.parse(spec.bundled("spaces")[name].read_text(encoding="utf-8"))
+    varied = written.parse(spec.bundled("spaces")[name].read_text(encoding="utf-8"))
     if recipe.get("adapter") == "full":
         rate = recipe["learning_rate"]
         varied = {"learning_rate": {"type": "float", "low": rate / 10, "high": rate * 10, "log": True},

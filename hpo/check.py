@@ -19,6 +19,7 @@ from typing import Any
 from hpo import gate
 from hpo import spec as specs
 from hpo.algorithms.auto import choose
+from hpo.coherence import touches
 from hpo.errors import InputError, Problem, SpecError
 from hpo.space import Params, value_of
 from hpo.spec import Loaded, Spec
@@ -148,7 +149,7 @@ def _look(
     """
 
     def sound(*paths: str) -> bool:
-        return not specs.touches(broken, *paths)
+        return not touches(broken, *paths)
 
     found = [*(_machine(spec) if sound("resources") else ()), *(_storage(spec) if sound("storage") else ())]
     if spec.train != "loop" or trained_elsewhere or not sound("train"):

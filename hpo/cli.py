@@ -47,7 +47,7 @@ def init(
     """Look at a data file, a model and this machine, or at another program's training file, and write a study file."""
     from hpo.adopt import adopt
     from hpo.draft import draft
-    from hpo.spec import parse
+    from hpo.written import parse
 
     if out is not None and not out.parent.is_dir():
         raise typer.BadParameter(f"{out} cannot be written (there is no folder {out.parent}).")

@@ -47,7 +47,7 @@ def _number(values: list[str], what: str) -> int:
 
 
 def _range(steer: Any, values: list[str]):
-    from hpo.spec import value_of
+    from hpo.written import value_of
 
     if len(values) < 2:
         raise typer.BadParameter("range needs a field and its ends, for example range learning_rate 1e-4 1e-2")

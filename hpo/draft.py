@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpo import check, spec
+from hpo import check, spec, written
 from hpo.errors import InputError, Problem, SpecError
 from training import data as training_data
 from training import recommend, tasks
@@ -71,7 +71,7 @@ def draft(file: str, model: str, *, name: str | None = None, folder: Path | None
         notes.append(f"this is not predicted to fit into {recommend.FRACTION:.0%} of the memory")
     lines = _lines(_name(name or Path(file).stem), file, model, folder, config, shape, advised, gpus, tokenizer, rows)
     text = "\n".join(lines) + "\n"
-    loaded = spec.build(spec.parse(text), folder)
+    loaded = spec.build(written.parse(text), folder)
     findings = check.inspect(loaded)
     notes.append(f"predicted peak: {findings.memory.total / 1e6:,.0f} MB for the defaults, "
                  f"{findings.smallest / 1e6:,.0f} to {findings.largest / 1e6:,.0f} MB over the space")  # fmt: skip
@@ -169,7 +169,7 @@ def _default_template(config: DataConfig, rows) -> str:
 
 def _space(name: str, shape: Shape) -> list[str]:
     """Returns the space of the study: a bundled one, or one written out where the model is too narrow for its ranks."""
-    bundled = spec.parse(spec.bundled("spaces")[name].read_text())
+    bundled = written.parse(spec.bundled("spaces")[name].read_text())
     if "rank" not in bundled:
         return [f"space: {name}"]
     narrow = min(min(size) for size in match("all-linear", shape).values())

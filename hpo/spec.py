@@ -1,40 +1,38 @@
-"""A study file, and everything that can be wrong with it.
+"""A study as a user writes it.
 
-Owns: `Spec`, reading it from YAML by name or path, `--set`, the checks that need no model, no data and no cluster.
-Must not know: stores, runners.
+Owns: `Spec`, reading it by name or path, `--set`, what an existing study may not change. Must not know: stores, runners.
 
-All problems of a file are found at once, each with its path in the file, the rule, the value and the remedy.
+All problems of a file are found at once, each with its path in the file, the rule, the value and the remedy: those of a single
+value are pydantic's (`hpo.wording`), those between values are `hpo.coherence`'s.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
-from hpo import algorithms, choosing, extensions, objectives, stopping
+from hpo import extensions, objectives
 from hpo.choosing import Choose
-from hpo.errors import NotFound, Problem, SpecError, nearest, rule_of
-from hpo.space import LENGTHS, Params, Space, in_recipe, problems
+from hpo.coherence import incoherent, touches
+from hpo.errors import NotFound, Problem, SpecError, nearest
+from hpo.space import LENGTHS, Params, Space, in_recipe
 from hpo.verdict import Certify
+from hpo.wording import model_at, problem_of
+from hpo.written import SIZE_LIMIT, parse, plain, typed
 from serving.endpoint import EngineSettings
 from serving.endpoint import Limits as ServingLimits
 from training import data as training_data
 from training import metrics
-from training.recipe import DataConfig, EvaluationConfig, Frozen, Limits, Number, Origin, Recipe, Resources, Whole, one_of
+from training.recipe import DataConfig, EvaluationConfig, Frozen, Limits, Number, Recipe, Resources, Whole, one_of
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 DATABASE = re.compile(r"[a-z0-9]+(\+[a-z0-9_]+)?://.*")
-SIZE_LIMIT = 262_144  # bytes of a study file; a parser in Python takes seconds for more
-NODE_LIMIT = 20_000  # values in a study file, aliases counted as often as they are used
-DEPTH_LIMIT = 50  # mappings and lists inside one another
-GRID_LIMIT = 100_000
 
 
 class Algorithm(Frozen):
@@ -222,10 +220,6 @@ class Loaded:
     source: str
 
 
-# What an existing study may not change on the way; the rest (budget, resources, evaluation batch, ...) may.
-FIXED = ("data", "recipe", "space", "start", "objectives", "limits", "seed", "train", "evaluation")
-
-
 def bundled(kind: str) -> dict[str, Path]:
     """Returns name -> file of what ships with the package; kind is `studies` or `spaces`."""
     here = Path(__file__).parent
@@ -248,14 +242,14 @@ def load(source: str | Path | Mapping[str, Any], sets: Sequence[str] = (), *, al
     """
     folder = Path.cwd()
     if isinstance(source, Mapping):
-        raw, where = _plain(source), "dict"
+        raw, where = plain(source), "dict"
     else:
         text, folder, where = _text(source)
         raw = parse(text, where)
     for item in sets:
         _set(raw, item)
     _add_metrics(raw, also)
-    written = _plain(raw)
+    written = plain(raw)
     return Loaded(build(raw, folder), written, where)
 
 
@@ -285,65 +279,6 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def parse(text: str, where: str = "study") -> dict[str, Any]:
-    """Returns the YAML 1.2 mapping in a text, as plain Python; tags that build objects and duplicate keys are refused."""
-    raw = _yaml(text, where)
-    if not isinstance(raw, dict):
-        shown = "nothing" if raw is None else "a list" if isinstance(raw, list) else "one value"
-        raise SpecError(Problem(where, f"must be a mapping of fields, got {shown}.", "Begin with `name: my-study`."))
-    return raw
-
-
-def _yaml(text: str, where: str) -> Any:
-    from ruamel.yaml import YAML, YAMLError
-
-    yaml = YAML(typ="safe", pure=True)
-    yaml.allow_duplicate_keys = False
-    try:
-        raw = yaml.load(text)
-    except (YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        at = f"{where}:{mark.line + 1}" if mark else where
-        said = (getattr(error, "problem", None) or str(error).split("\n")[0]).strip()
-        if isinstance(error, RecursionError):
-            said = f"nested more than {DEPTH_LIMIT} levels deep"
-        elif said.startswith("Exceeds the limit"):
-            said = "a number has more than 4300 digits"
-        raise SpecError(Problem(at, f"is not valid YAML: {said}.", _yaml_remedy(said, where))) from None
-    if _nodes(raw, NODE_LIMIT, DEPTH_LIMIT, where) <= 0:
-        raise SpecError(Problem(where, f"has more than {NODE_LIMIT} values.", "Use fewer aliases and shorter lists."))
-    return _plain(raw)
-
-
-def _yaml_remedy(said: str, where: str) -> str:
-    remedies = {"tag": "Write plain values; nothing is built from tags.", "duplicate": "Keep one of the two.",
-                "'\\t'": "Indent with spaces.", "another document": "Write one study per file.",
-                "levels deep": "A study file needs three or four.", "digits": "Write a smaller number."}  # fmt: skip
-    other = "The value is YAML, as in the file." if where.startswith("--set") else "Look at the line, and the one before it."
-    return next((remedy for word, remedy in remedies.items() if word in said), other)
-
-
-def _nodes(value: Any, left: int, depth: int, where: str) -> int:
-    """Returns how many more values there may be; an alias inside what it stands for is endlessly deep."""
-    if depth < 0:
-        raise SpecError(Problem(where, f"is nested more than {DEPTH_LIMIT} levels deep.", _yaml_remedy("levels deep", where)))
-    left -= 1
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    for child in children:
-        if left <= 0:
-            return left
-        left = _nodes(child, left, depth - 1, where)
-    return left
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(name): _plain(child) for name, child in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(child) for child in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
-
-
 def _expanded(value: str) -> Path:
     """Returns a path with variables and ~ replaced; a user that does not exist stays as written."""
     path = Path(os.path.expandvars(value))
@@ -357,7 +292,7 @@ def _set(raw: dict, item: str) -> None:
     path, equals, text = item.partition("=")
     if not equals or not path:
         raise SpecError(Problem(f"--set {item}", "must be path.in.file=value.", "For example --set budget.trials=30."))
-    value = _yaml(text, f"--set {path}") if text else None
+    value = typed(text, f"--set {path}") if text else None
     *parents, last = path.split(".")
     for name in parents:
         child = raw.setdefault(name, {})
@@ -370,15 +305,6 @@ def _set(raw: dict, item: str) -> None:
         for other in LENGTHS:
             raw.pop(other, None)
     raw[last] = value
-
-
-def value_of(text: str, where: str) -> Any:
-    """Returns a value that was typed for a field, as YAML reads it, and numbers as people write them (1e-4)."""
-    value = _yaml(text, f"--set {where}") if text else None
-    try:
-        return float(value) if isinstance(value, str) and value[:1].isdigit() else value
-    except ValueError:
-        return value
 
 
 def _add_metrics(raw: dict, also: Sequence[str]) -> None:
@@ -438,26 +364,15 @@ def build(raw: dict[str, Any], folder: Path) -> Spec:
         spec, broken = Spec.model_validate(raw), frozenset()
     except ValidationError as error:
         said: dict[str, Problem] = {}
-        for problem in map(_problem, error.errors(include_url=False)):
+        for problem in (problem_of(each, Spec) for each in error.errors(include_url=False)):
             said.setdefault(problem.where, problem)  # a value that fits no member of a union is refused by each of them
         found += said.values()
         spec, broken = _what_is_sound(raw, error)
     # What is sound is checked too, so that the user sees everything at once.
-    found += [p for p in (_cross_checks(spec, broken) if spec else []) if not touches(broken, p.where)]
+    found += [p for p in (incoherent(spec, broken) if spec else []) if not touches(broken, p.where)]
     if found:
         raise SpecError(*found, sound=spec, broken=broken)
     return spec
-
-
-def recheck(spec: Spec) -> list[Problem]:
-    """Returns what is wrong with a study that was changed after it was read."""
-    return _cross_checks(spec)
-
-
-def touches(broken: Iterable[str], *paths: str) -> bool:
-    """Says whether one of the paths lies in what is broken, or holds some of it."""
-    parts = [re.split(r"[.\[]", path) for path in paths]
-    return any(a[: len(b)] == b[: len(a)] for path in broken for a in [path.split(".")] for b in parts)
 
 
 def _what_is_sound(raw: dict, error: ValidationError) -> tuple[Spec | None, frozenset[str]]:
@@ -466,7 +381,7 @@ def _what_is_sound(raw: dict, error: ValidationError) -> tuple[Spec | None, froz
     places = [tuple(str(part) for part in e["loc"]) for e in error.errors(include_url=False) if e["loc"]]
     for depth in (2, 1):
         broken = frozenset(
-            ".".join(place[: depth if _model_at(place[:1]) is not Spec and isinstance(raw.get(place[0]), dict) else 1])
+            ".".join(place[: depth if model_at(place[:1], Spec) is not Spec and isinstance(raw.get(place[0]), dict) else 1])
             for place in places
         )
         kept = {name: _without(value, name, broken) for name, value in raw.items() if name not in broken}
@@ -508,224 +423,8 @@ def _placed(value: Any, folder: Path) -> Any:
     return value if named else str(folder / _expanded(value))
 
 
-def _model_at(path: Sequence[str | int]) -> type[BaseModel]:
-    """Returns the model of the section that a place lies in, as deep as there are sections."""
-    model: type[BaseModel] = Spec
-    for part in path:
-        found = model.model_fields.get(str(part))
-        if found is None or not (isinstance(found.annotation, type) and issubclass(found.annotation, BaseModel)):
-            break
-        model = found.annotation
-    return model
-
-
-# The members of the unions that a study file has, as pydantic names them in the place of an error.
-_MEMBERS = {"bool", "int", "float", "str", "choice", "tuple[str, ...]", "tuple[union[bool,int,float,str], ...]"}
-_DIMENSION = ["type", "low", "high", "log", "step", "values", "times", "when"]
-
-
-def _problem(error: Any) -> Problem:
-    """Returns a pydantic error in our words: path, rule with the value, remedy."""
-    members = [i for i, part in enumerate(error["loc"]) if part in _MEMBERS and i and error["loc"][0] not in ("data",)]
-    forms = [2] if error["loc"][:2] == ("data", "train") else []  # a file's name, or a mixture
-    path = [part for i, part in enumerate(error["loc"]) if i not in members and i not in forms]
-    path = path[:2] if path[:2] == ["recipe", "targets"] else path
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".") or "study"
-    kind, value = error["type"], error.get("input")
-    if path[-1] == "[key]":
-        rule = "must be a name of letters, digits, - and _, 40 at most."
-        return Problem(where.removesuffix(".[key]"), rule, "Give the source another name.")
-    if kind == "extra_forbidden":
-        known = list(_model_at(path[:-1]).model_fields) if path[0] != "space" or len(path) == 1 else _DIMENSION
-        known = list(Origin.model_fields) if forms else known
-        return Problem(where, "unknown field.", nearest(str(path[-1]), known).strip() or f"Known: {', '.join(known)}.")
-    if kind == "missing":
-        return Problem(where, "is required.", _example(path))
-    if kind in ("union_tag_not_found", "union_tag_invalid"):
-        written = value.get("type") if isinstance(value, dict) else None
-        shown = f", got {written!r}" if written is not None else ""
-        hint = nearest(str(written), ("float", "int", "choice"))
-        return Problem(f"{where}.type", f"must be float, int or choice{shown}.", f"{hint}{_example(path)}")
-    rule = rule_of(error)
-    if path[:2] == ["recipe", "targets"]:
-        rule = "must be a name or a list of names"
-    elif members and path[0] != "space" or len(members) > 1:
-        rule = "must be a finite number, text, true or false"
-    shown = "" if ", got " in rule or isinstance(value, (dict, list)) else f", got {'nothing' if value is None else repr(value)}"
-    expected = error.get("ctx", {}).get("expected", "")
-    hint = nearest(value, re.findall(r"'([^']+)'", str(expected))) if isinstance(value, str) else ""
-    return Problem(where, f"{rule}{shown}.", hint.strip() or (_example(path) if "mapping" in rule or "list" in rule else ""))
-
-
-def _example(path: Sequence[str | int]) -> str:
-    if path[0] == "space" and len(path) > 1:
-        return "For example {type: choice, values: [8, 16]} or {type: float, low: 1.0e-4, high: 1.0e-2, log: true}."
-    return _EXAMPLES.get(".".join(str(part) for part in path), "")
-
-
-_EXAMPLES = {
-    "name": "For example name: my-study.",
-    "data": "For example data: {train: my.jsonl}.",
-    "data.train": "Name a JSONL or CSV file, or several: {code: {file: a.jsonl, weight: 2}, chat: {file: b.jsonl}}.",
-    "data.columns": "For example columns: {instruction: question}.",
-    "data.labels": "For example labels: [yes, no].",
-    "recipe": "For example recipe: {rank: 16}.",
-    "recipe.targets": "For example targets: all-linear.",
-    "space": "Name a bundled space (space: lora) or write one out.",
-    "start": "For example start: [{rank: 8}], with every dimension of the space.",
-    "objectives": "For example objectives: [accuracy, seconds].",
-    "algorithm": "For example algorithm: bayes.",
-    "prior": "For example prior: [an-earlier-study, lora].",
-    "stopping": "For example stopping: front.",
-    "budget": "For example budget: {trials: 30}.",
-    "resources": "For example resources: {workers: 1}.",
-    "evaluation": "For example evaluation: {rows: 200}.",
-    "evaluation.metrics": "For example metrics: [perplexity, rouge_l].",
-    "limits": "For example limits: {peak_bytes: 8000000000}.",
-    "choose": "For example choose: {by: knee}.",
-    "certify": "For example certify: {extra: 0.3}.",
-    "promote": "For example promote: {accuracy: 0.9}.",
-    "serving": "For example serving: {engine: {replicas: 2}}.",
-}
-
-
-def _mix_problems(spec: Spec) -> list[Problem]:
-    """Returns which weights of a recipe or a space belong to no source of the data."""
-    known = [name for name in spec.data.origins() if name]
-    given = {f"recipe.mix.{name}": name for name in spec.recipe.mix or {}}
-    given |= {f"space.{name}": name.removeprefix("mix.") for name in spec.space if name.startswith("mix.")}
-    sources = f"Sources: {', '.join(known)}." if known else "Write data.train: {NAME: {file: ..., weight: ...}, ...}."
-    return [Problem(where, f"{name!r} is no source of data.train.", f"{nearest(name, known)}{sources}")
-            for where, name in given.items() if name not in known]  # fmt: skip
-
-
-def _cross_checks(spec: Spec, broken: frozenset[str] = frozenset()) -> list[Problem]:
-    wrong = problems(spec.space, spec.recipe)
-    if touches(broken, "space"):  # what a dimension refers to may be what was left out
-        wrong = [(where, said) for where, said in wrong if not re.search(r"\.(when|times)\b", where)]
-    found = [Problem(f"space.{where}", f"{_plainly(said)}.", _remedy(spec, where)) for where, said in wrong]
-    if not len(spec.space):
-        found.append(Problem("space", "has no dimension.", "Name at least one field of the recipe with its range."))
-    own_problems = extensions.problems(spec)
-    found += own_problems + ([] if touches(broken, "data.train") else _mix_problems(spec))
-    if not any(problem.where == "data.task" for problem in own_problems):
-        found += training_data.template_problems(spec.data)
-    found += _objective_problems(spec)
-    found += choosing.problems(spec.choose, spec.objectives) if not touches(broken, "choose", "objectives") else []
-    found += _algorithm_problems(spec)
-    said = stopping.check_options(spec.stopping.name, spec.stopping.options)
-    found += [Problem(f"stopping.{option}", f"{rule}.", "") for option, rule in said]
-    for i, point in enumerate(() if touches(broken, "space") else spec.start):
-        found += _start_problems(spec, f"start[{i}]", point)
-    workers = spec.resources.workers
-    for value in () if touches(broken, "recipe.batch_size", "space.batch_size") else _values(spec, "batch_size"):
-        if value % workers:
-            found.append(
-                Problem("resources.workers", f"must divide batch_size, got {workers} and {value}.", "Change one of them.")
-            )
-            break
-    if workers > 1 and spec.resources.mode == "local" and spec.train == "loop":
-        found.append(
-            Problem("resources.workers", f"must be 1 with mode: local, which trains in one process, got {workers}.",
-                    "Leave mode out, or workers.")
-        )  # fmt: skip
-    if spec.budget.order == "number" and spec.budget.parallel is None:
-        rule = "is needed with order: number, and must stay the same from machine to machine."
-        found.append(Problem("budget.parallel", rule, "Set it to the trials that are to run at a time."))
-    for where, asked in (("limits.cost", spec.limits.cost is not None), ("budget.cost", spec.budget.cost is not None),
-                         ("objectives", "cost" in spec.objectives)):  # fmt: skip
-        if asked and spec.resources.price is None:
-            rule = "cost is asked for, and nothing says what an hour costs."
-            found.append(Problem(where, rule, "Set resources.price, in currency units per device hour."))
-    return found
-
-
-def _plainly(said: str) -> str:
-    said = said.replace("input should be", "must be")
-    return said.replace("a valid integer, got a number with a fractional part", "a whole number")
-
-
-def _remedy(spec: Spec, where: str) -> str:
-    """Returns the remedy for a dimension that does not fit, where it can be told from the place."""
-    name, _, part = where.partition(".")
-    if part == "times" and spec.space[name].times not in Recipe.model_fields:
-        return nearest(spec.space[name].times, Recipe.model_fields).strip() or "For example times: rank."
-    if part.startswith("when"):
-        choices = [other for other, d in spec.space.items() if d.type == "choice" and not d.when and other != name]
-        return f"Choices of this space: {', '.join(choices)}." if choices else "This space has no choice to depend on."
-    if part == "type":
-        return "Use type: int, or type: choice."
-    return "See `hpo schema recipe`." if part else ""
-
-
-def _start_problems(spec: Spec, where: str, point: Params) -> list[Problem]:
-    found = []
-    for name, value in point.items():
-        if name not in spec.space.root:
-            hint = nearest(name, spec.space).strip() or f"Dimensions: {', '.join(spec.space)}."
-            found.append(Problem(f"{where}.{name}", "is no dimension of the space.", hint))
-        elif not spec.space[name].contains(value):
-            dimension = spec.space[name]
-            known = f"one of {list(dimension.values)}" if dimension.type == "choice" else f"{dimension.low} to {dimension.high}"
-            known += f", to be multiplied by {dimension.times}" if dimension.times else ""
-            found.append(Problem(f"{where}.{name}", f"lies outside the space, got {value!r}.", f"Give {known}."))
-    active = spec.space.active(point)
-    if missing := [name for name in active if name not in point]:
-        found.append(Problem(where, f"lacks {', '.join(missing)}.", "Give a value for every dimension."))
-    if idle := [name for name in point if name in spec.space.root and name not in active]:
-        found.append(Problem(where, f"has {', '.join(idle)}, which do not exist at this point.", "Leave them out."))
-    return found
-
-
-def _values(spec: Spec, field: str) -> list[Any]:
-    """Returns the values that a field can take: those of its dimension (ends, for a range) and the default."""
-    values = [getattr(spec.recipe, field)]
-    if (dimension := spec.space.root.get(field)) is not None:
-        # Of a range the second value too: the ends may share a divisor that the rest does not.
-        ends = (dimension.low, dimension.low + _step(dimension), dimension.high) if dimension.type != "choice" else ()
-        values += ends or dimension.values
-    return [value for value in values if value is not None]
-
-
-def _step(dimension: Any) -> int:
-    return dimension.step if dimension.type == "int" else 0
-
-
-def _objective_problems(spec: Spec) -> list[Problem]:
-    found, known = [], extensions.scores(spec)
-    for i, name in enumerate(spec.objectives):
-        if name not in known:
-            found.append(Problem(f"objectives[{i}]", f"unknown objective {name!r}.",
-                                 f"{nearest(name, known)}Known: {', '.join(known)}."))  # fmt: skip
-    if len(set(spec.objectives)) < len(spec.objectives):
-        found.append(Problem("objectives", f"must differ, got {list(spec.objectives)}.", "Remove the repeated one."))
-    return found
-
-
-def _algorithm_problems(spec: Spec) -> list[Problem]:
-    name, options = spec.algorithm.name, spec.algorithm.options
-    if name not in algorithms.names():
-        return [
-            Problem(
-                "algorithm",
-                f"unknown algorithm {name!r}.",
-                f"{nearest(name, algorithms.names())}Known: {', '.join(algorithms.names())}.",
-            )
-        ]
-    found = [Problem(f"algorithm.{option}", f"{said}.", "") for option, said in algorithms.check_options(name, options)]
-    if name == "nsga2" and len(spec.objectives) < 2:
-        found.append(
-            Problem("objectives", f"nsga2 needs at least two, got {list(spec.objectives)}.", "Add one, or use algorithm: bayes.")
-        )
-    if name == "grid" and not found:
-        levels = options.get("levels", algorithms.defaults("grid")["levels"])
-        # Counted no further than needed, however large the grid is.
-        size = sum(1 for _ in itertools.islice(spec.space.walk(levels), GRID_LIMIT))
-        if size > spec.budget.trials:
-            more = "+" if size == GRID_LIMIT else ""
-            found.append(Problem("budget.trials", f"the grid has {size}{more} points, over {spec.budget.trials} trials.",
-                                 "Raise budget.trials, lower algorithm.levels, or use algorithm: bayes."))  # fmt: skip
-    return found
+# What an existing study may not change on the way; the rest (budget, resources, evaluation batch, ...) may.
+FIXED = ("data", "recipe", "space", "start", "objectives", "limits", "seed", "train", "evaluation")
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Problem]:

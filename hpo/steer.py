@@ -17,10 +17,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from hpo import spec as specs
+from hpo.coherence import incoherent
 from hpo.errors import InputError, NotFound, Problem, nearest, rule_of
 from hpo.space import Choice, Params, Space, Value, key
-from hpo.spec import Spec
+from hpo.spec import Budget, Spec
 from hpo.store import Record, Store
 from hpo.trial import Trial
 
@@ -185,7 +185,7 @@ class Steer:
         except ValidationError as error:
             said = dict.fromkeys(rule_of(e) for e in error.errors(include_url=False))
             raise InputError(*(Problem(where, f"{rule}.", "Give other ends.") for rule in said)) from None
-        if wrong := specs.recheck(spec.model_copy(update={"space": space})):
+        if wrong := incoherent(spec.model_copy(update={"space": space})):
             raise InputError(*wrong)
         return self._give("range", name=name, dimension=space.model_dump()[name])
 
@@ -195,7 +195,7 @@ class Steer:
         Raises:
             InputError: not such a field, or no more than there is.
         """
-        budget, known = self._spec().budget, [n for n in EXTENDED if n in specs.Budget.model_fields]
+        budget, known = self._spec().budget, [n for n in EXTENDED if n in Budget.model_fields]
         found = [] if more else [Problem("budget", "needs what to extend.", f"For example {known[0]}=40.")]
         for name, value in more.items():
             now = getattr(budget, name) if name in known else None

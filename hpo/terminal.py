@@ -27,7 +27,7 @@ def console():
 
 def pairs(items: list[str]) -> dict[str, Any]:
     """Returns what was typed as field=value, the values as YAML reads them."""
-    from hpo.spec import value_of
+    from hpo.written import value_of
 
     found = {}
     for item in items:

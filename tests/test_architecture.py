@@ -14,9 +14,11 @@ PACKAGES = ("hpo", "training", "serving", "search_spaces")
 
 # A module of hpo imports only from its own layer or from lower ones.
 LAYERS = (
-    ("errors", "space", "trial", "objectives", "pareto", "certificate", "model"),  # words: what is searched, wanted, claimed
+    # Words: what is searched, wanted, claimed; what a user typed, and what is said of it.
+    ("errors", "space", "trial", "objectives", "pareto", "certificate", "model", "written", "wording"),
     # Pure functions of them.
     ("algorithms", "gate", "prior", "growth", "stopping", "importance", "insight", "extensions", "choosing", "verdict"),
+    ("coherence",),  # what contradicts what in a study
     ("spec",),  # a study as a user writes it
     ("store", "steer"),  # the record, and orders to who runs a study
     ("keeping",),  # which of its files stay

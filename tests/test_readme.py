@@ -122,10 +122,10 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
 
 
 def test_the_yaml_of_the_readme_is_a_study(tmp_path):
-    from hpo import spec
+    from hpo import spec, written
 
     text = next(block for language, block in BLOCKS if language == "yaml")
-    assert spec.build(spec.parse(text), tmp_path).name == "support"
+    assert spec.build(written.parse(text), tmp_path).name == "support"
 
 
 def test_the_tree_of_the_readme_is_there():

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpo.errors import SpecError
-from hpo.spec import SIZE_LIMIT, load, parse
+from hpo.spec import load
+from hpo.written import SIZE_LIMIT, parse
 from training.model import EMBEDDED
 
 JARGON = re.compile(

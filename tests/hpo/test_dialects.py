@@ -8,7 +8,7 @@ import pytest
 from contracts import command, one_object, simulated
 
 import hpo
-from hpo import dialects, spec
+from hpo import dialects, spec, written
 from hpo.adopt import adopt
 from hpo.errors import InputError
 from hpo.exports import to_file
@@ -18,7 +18,7 @@ FILES = Path(__file__).parent / "files"
 
 
 def read(name: str, **options) -> dialects.Foreign:
-    return dialects.read(spec.parse((FILES / name).read_text()), **options)
+    return dialects.read(written.parse((FILES / name).read_text()), **options)
 
 
 # Read
@@ -116,7 +116,7 @@ def test_what_a_program_cannot_say_is_listed():
 @pytest.mark.parametrize("name", ["axolotl.yml", "llamafactory.yaml", "trl.yaml"])
 def test_a_study_file_is_made_of_each_and_its_defaults_are_what_the_file_says(name, tmp_path):
     made = adopt(FILES / name, folder=tmp_path)
-    built = spec.build(spec.parse(made.text), tmp_path)
+    built = spec.build(written.parse(made.text), tmp_path)
     assert built.recipe == Recipe(**read(name).recipe)
     assert all(key in made.text for key, *_ in made.left)
 
@@ -134,7 +134,7 @@ def test_init_from_and_export_to_are_each_others_inverse_on_the_command_line(tmp
     for program in dialects.NAMES:
         file = tmp_path / f"{program}.yaml"
         assert command(capsys, "export", "small", "--to", program, "--trial", 0, "--out", file, *where)[0] == 0
-        again = dialects.read(spec.parse(file.read_text())).recipe
+        again = dialects.read(written.parse(file.read_text())).recipe
         same = set(recipe) - ({"zero_stage"} if program == "trl" else set())
         assert {key: again.get(key) for key in same} == {key: recipe[key] for key in same}
     assert command(capsys, "export", "small", "--to", "trl", "--out", tmp_path / "trl.yaml", *where)[0] == 2, "never overwritten"
@@ -146,4 +146,4 @@ def test_a_registry_of_llamafactory_is_written_beside_its_file(tmp_path):
     to_file("llamafactory", RECIPES["lora"], DATA["file"], tmp_path / "run.yaml", title="from a test")
     assert (tmp_path / "run" / "dataset_info.json").is_file()
     made = adopt(tmp_path / "run.yaml", folder=tmp_path)
-    assert spec.build(spec.parse(made.text), tmp_path).data.columns == DATA["file"].columns
+    assert spec.build(written.parse(made.text), tmp_path).data.columns == DATA["file"].columns

@@ -10,7 +10,8 @@ import pytest
 from contracts import SPACE, simulated
 
 from hpo.errors import NotFound, SpecError
-from hpo.spec import FIXED, Spec, build, bundled, changes, load, parse
+from hpo.spec import FIXED, Spec, build, bundled, changes, load
+from hpo.written import parse
 from training.model import EMBEDDED
 
 ROOT = Path(__file__).parents[2]
