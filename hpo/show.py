@@ -141,7 +141,7 @@ def study_text(study: Study):
         for t in trials
         if t.state in ("failed", "diverged", "infeasible") and t.error
     ][:5]
-    parts += [line for line in (*_winner_lines(study), _kept_line(study, trials)) if line]
+    parts += [line for line in (*_winner_lines(study), _billed_line(study, trials), _kept_line(study, trials)) if line]
     if said := study.insights():
         parts += ["[bold]What mattered[/bold]", *(f"  {escape(line)}" for line in said)]
     if said := outlook_text(study.outlook()):
@@ -190,6 +190,18 @@ def front_table(study: Study, members: list[Trial]):
         values = [number(value_of(trial.recipe, name)) for name in spec.space]
         table.add_row(f"{mark}{trial.number}", *values, *(number(o.of(trial.outcome), o.unit) for o in spec.targets))
     return table
+
+
+def _billed_line(study: Study, trials: list[Trial]) -> str:
+    billed, outcomes = sum(t.billed for t in trials), [t.outcome for t in trials if t.outcome]
+    steps = sum(outcome.seconds or 0.0 for outcome in outcomes)
+    if not billed or study.spec.evaluation.timing == "counted":
+        return ""
+    if any("seats" in outcome.conditions for outcome in outcomes):
+        return f"Billed: {number(billed, 's')} of worker groups, for training steps that take {number(steps, 's')} alone."
+    if steps > billed:  # a simulation's
+        return ""
+    return f"Billed: {number(billed, 's')} of worker groups, {number(steps, 's')} of it training steps."
 
 
 def _kept_line(study: Study, trials: list[Trial]) -> str:
@@ -261,7 +273,7 @@ def study_record(study: Study) -> dict[str, Any]:
     told = study.outlook()
     return {
         "study": spec.name, "running": study.running(), "outlook": dataclasses.asdict(told) if told else None,
-        "trials": [row(t) for t in study.history()],
+        "trials": [row(t) for t in study.history()], "billed_seconds": sum(t.billed for t in study.history()),
         "front": [t.number for t in study.front()], "winner": winner.number if winner else None,
         "insights": study.insights(),
         "certificate": certificate.model_dump(exclude={"rows"}) if certificate else None,

@@ -54,6 +54,12 @@ class Trial(Frozen):
         return self.state in FINAL
 
     @property
+    def billed(self) -> float:
+        """Seconds of a worker group that it took, with start-up, scores and all; its share where several were trained at once."""
+        share = self.outcome.conditions.get("billed_seconds") if self.outcome else None
+        return share if share is not None else (self.finished or 0.0) - (self.started or 0.0) if self.finished else 0.0
+
+    @property
     def key(self) -> tuple:
         """The identity of its point, see `hpo.space.key`."""
         # Asked for again and again, of every trial of a history. A copy with other params does not take it over.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 
 import pytest
 from contracts import simulated
@@ -12,7 +13,7 @@ from hpo.check import inspect
 from hpo.doctor import Finding
 from hpo.spec import load
 from hpo.study import Status, run
-from training.recipe import DataConfig, Recipe
+from training.recipe import DataConfig, Outcome, Recipe
 
 
 def text(renderable) -> str:
@@ -81,6 +82,21 @@ def test_a_study_without_trials_is_shown(tmp_path):
     study = run(simulated(tmp_path, limits={"peak_bytes": 1}, budget={"trials": 1}))
     assert "1 infeasible" in text(show.study_text(study))
     assert "Front" not in text(show.study_text(study))
+
+
+def test_what_was_billed_is_shown_beside_the_seconds_of_the_trials_alone(tmp_path):
+    def train(job, report, **conditions):
+        time.sleep(0.01)
+        return Outcome(seconds=0.005, peak_bytes=1, scores={"accuracy": 0.5}, conditions=conditions)
+
+    def packed(job, report):
+        return train(job, report, seats=4, billed_seconds=30.0).model_copy(update={"seconds": 60.0})
+
+    study = run(simulated(tmp_path, name="alone", budget={"trials": 2}), train=train)
+    assert "of worker groups, 0.0 s of it training steps" in text(show.study_text(study))
+    assert show.study_record(study)["billed_seconds"] >= 0.02
+    study = run(simulated(tmp_path, name="packed", budget={"trials": 2}), train=packed)
+    assert "Billed: 60.0 s of worker groups, for training steps that take 120.0 s alone" in text(show.study_text(study))
 
 
 def test_progress_without_a_terminal_is_a_line_for_each_change(capsys):
