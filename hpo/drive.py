@@ -6,18 +6,14 @@ Owns: `drive`. Must not know: searches, studies, how a run is done.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 
-import ray
 from ray import tune
 
 from training import own
 from training.desk import Groups
 from training.errors import InputError, WorkersFailed, WorkersLost
 from training.recipe import Job, Progress
-
-GATHER = 20.0  # seconds that the first trial waits for the processes of all seats
 
 
 def drive(config: dict, groups: Groups, train: Callable | None, grace: float, brought: dict) -> None:
@@ -29,9 +25,6 @@ def drive(config: dict, groups: Groups, train: Callable | None, grace: float, br
         tune.report({"share": progress.share, "progress": progress.model_dump_json()})
 
     job = Job.model_validate_json(config["job"])
-    # While some seats have no process yet, Tune starts one for a trial, gives the trial to another that has just come free, and
-    # kills what it had half started, again and again: half a second for each trial.
-    ray.get(groups.mailbox.gathered.remote(f"{os.getpid()}", config["seats"], GATHER))
     try:
         with own.given(brought):
             # What was lost once is trained alone from then on: it, or who sat beside it, may have been the cause.

@@ -38,11 +38,9 @@ from training.pool import Pool
 from training.recipe import DataConfig, Job, Outcome, Pause, Progress, Resources
 from training.workers import ENVIRONMENT
 
-# The trial's own process drives its worker group and computes nothing. A share of a CPU would come out of the cluster and
-# could keep the last worker group waiting for ever.
-DRIVER = {"cpu": 0, "node:__internal_head__": 0.001}
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # what `ray up` leaves on a head node
 GROWTH = "HPO_GROWTH"  # the same for clusters whose autoscaler does not say how far it goes, such as KubeRay's
+KINDS = 100  # of seats: shares of a node are counted in parts of 10,000, and all of them must fit into one
 SEATS = 4  # of a packed group where nothing says how many
 TRIES = 3  # of what is measured after the search, when workers are lost
 
@@ -226,7 +224,7 @@ def run_search(
         return
     course = _Course(search, data, parallel, groups.mailbox, on_change)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(drive, groups=groups, train=train, grace=grace, brought=own.now()), DRIVER),
+        tune.with_resources(tune.with_parameters(drive, groups=groups, train=train, grace=grace, brought=own.now()), _driver),
         tune_config=tune.TuneConfig(
             search_alg=_Searcher(course), scheduler=_Scheduler(course), num_samples=-1, metric="share", mode="max",
             reuse_actors=True,
@@ -236,6 +234,16 @@ def run_search(
         ),
     )  # fmt: skip
     _fit(tuner, course)
+
+
+def _driver(config: dict) -> tune.PlacementGroupFactory:
+    """Returns the resources of a trial's own process: none that counts, and other ones for each seat.
+
+    The process drives its worker group and computes nothing; a share of a CPU would come out of the cluster and could keep the
+    last worker group waiting for ever. Tune hands a process from trial to trial only where their resources are equal: so each
+    seat has one, and no other trial takes it and has the process killed that was just being started for it.
+    """
+    return tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": (1 + config["seat"] % KINDS) * 1e-4}])
 
 
 def _fit(tuner: tune.Tuner, course: _Course) -> None:
@@ -338,7 +346,7 @@ class _Course:
     def __init__(self, search: Search, data: DataConfig, parallel: int, mailbox: Any, on_change: Callable[[Search], None]):
         self.search, self.data, self.parallel, self.mailbox, self.on_change = search, data, parallel, mailbox, on_change
         self.live: dict[str, tuple[int, str]] = {}  # Tune's trial -> number and run
-        self.seats = min(parallel, max(1, search.spec.budget.trials - search.finished))  # processes that will drive trials
+        self.seats: dict[str, int] = {}  # of each of them
         self.again: list = []
         self.interrupted = False
         self.error: BaseException | None = None  # once set, nothing more is kept: what runs is launched again next time
@@ -403,9 +411,17 @@ class _Scheduler(FIFOScheduler):
     def __init__(self, course: _Course):
         super().__init__()
         self._course = course
+        self._kept: set = set()
 
     def __getstate__(self) -> dict:
         return {}  # Tune writes this to its own files, which are never read: the store is the truth
+
+    def on_trial_add(self, tune_controller, trial) -> None:
+        # Tune keeps a process for the next trial only where that one is there already, and ours comes of what this one tells.
+        kept, seat = tune_controller._tune_controller._actor_cache, trial.placement_group_factory
+        if seat not in self._kept:
+            self._kept.add(seat)
+            kept.increase_max(seat)
 
     def on_trial_result(self, tune_controller, trial, result: dict) -> str:
         course = self._course
@@ -446,12 +462,14 @@ class _Searcher(Searcher):
         # Never the name of an earlier launch: Ray Train would take its folder up where that one left it.
         run = f"{course.search.spec.name}-{trial.number:05d}-{time.time_ns()}"
         course.live[trial_id] = (trial.number, run)
+        course.seats[trial_id] = min(set(range(course.parallel)) - set(course.seats.values()))
         job = job_of(trial, course.search.spec, course.data).model_dump_json()
-        return {"run": run, "attempt": trial.attempts, "seats": course.seats, "job": job}
+        return {"run": run, "attempt": trial.attempts, "seat": course.seats[trial_id], "job": job}
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         course = self._course
         number, run = course.live.pop(trial_id)
+        del course.seats[trial_id]
         if course.error is None:
             with course.keeping():
                 course.finish(number, run, result or {})

@@ -42,7 +42,6 @@ class Mailbox:
         self._runs: dict[str, _Run] = {}
         self._waiting: list[str] = []
         self._served: set[str] = set()  # warm groups that have taken work
-        self._here: set[str] = set()  # processes that drive runs
         self._closed = False
         self._changed: asyncio.Event = asyncio.Event()
 
@@ -128,13 +127,6 @@ class Mailbox:
                 self._waiting.remove(run)
                 kept.result = {"stopped": reason}
             self._tell()
-
-    async def gathered(self, who: str, count: int, wait: float) -> None:
-        """Waits until `count` processes that drive runs have called this, `wait` seconds at most, and later ones not at all."""
-        self._here.add(who)
-        self._tell()
-        await self._until(lambda: len(self._here) >= count, wait)
-        self._here |= {f"absent-{i}" for i in range(count - len(self._here))}
 
     async def poll(self, run: str, wait: float = 0.0) -> tuple[list[str], str | None, float, dict | None]:
         """Returns the reports since the last call, the reason to end, the seconds since it was given (0 without one), the result.

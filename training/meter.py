@@ -40,7 +40,7 @@ class ByteCounter(TorchDispatchMode):
     def _add(self, tensor: torch.Tensor) -> None:
         try:
             storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):
+        except (NotImplementedError, RuntimeError):  # torch's ways to say that a kind of tensor (sparse, opaque) has none
             return
         identity = storage._cdata
         if identity in self._seen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from random import Random
 
@@ -71,3 +72,14 @@ def test_a_ratio_has_a_paired_interval():
     found = race.compare([1.1, 1.2, 1.3], [1.0, 1.0, 1.0])
     assert found["ratio"] == 1.2
     assert found["difference"][0] == pytest.approx(0.1) and found["difference"][1] == pytest.approx(0.3)
+
+
+def test_the_examples_of_the_lora_table_run(monkeypatch, capsys):
+    if not problems.LORA_TABLE.is_file():
+        pytest.skip("no LoRA table; python -m benchmarks.search.record_lora makes it")
+    root = problems.LORA_TABLE.parents[2]
+    monkeypatch.chdir(root)
+    blocks = re.findall(r"```python\n(.*?)```", (root / "docs" / "lora-table.md").read_text(), re.S)
+    for block in blocks:
+        exec(block, {"__name__": "example"})
+    assert len(blocks) == 2 and "on the front" in capsys.readouterr().out

@@ -180,6 +180,17 @@ def test_with_one_slot_the_history_is_that_of_the_local_runner(tmp_path):
         assert with_ray == history(search)
 
 
+def test_each_seat_has_one_process_of_tunes_however_short_its_trials_are(tmp_path):
+    def started():
+        return sum("ImplicitFunc" in actor["ActorClassName"] for actor in ray._private.state.actors().values())
+
+    before = started()
+    with a_search(tmp_path, "short", 9) as search:
+        run(search, simulate.train, parallel=3)
+        assert [t.state for t in search.store.trials(search.study.id)] == ["complete"] * 9
+    assert started() - before == 3
+
+
 def test_a_stop_ends_running_trials_and_the_study_continues(tmp_path):
     asked = []
 
