@@ -120,21 +120,30 @@ def _messages(row: Row, config: DataConfig, *, extras: bool = False) -> list[dic
 def _by_tokenizer(conversations: list[list[dict]], tokenizer) -> list[str]:
     from jinja2.exceptions import TemplateError
 
-    _examined(str(tokenizer.chat_template), json.dumps(conversations[:1]), json.dumps(_names(tokenizer)))
-    texts = []
-    for messages in conversations:
-        try:
-            texts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            raise _unrendered("recipe.model", "the tokenizer's chat template", len(texts), f"fails: {error}") from None
-    return texts
-
-
-@functools.lru_cache(maxsize=8)
-def _examined(template: str, conversations: str, names: str) -> None:
-    # transformers renders in the same sandbox, but without limits: the first conversation shows whether it ever ends.
+    failures = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+    _examine(str(tokenizer.chat_template), conversations[:1], _names(tokenizer))
+    rendered = functools.partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
     try:
-        render(template, json.loads(conversations), json.loads(names))
+        return rendered(conversations) if conversations else []
+    except failures:
+        for i, messages in enumerate(conversations):  # which one
+            try:
+                rendered(messages)
+            except failures as error:
+                raise _unrendered("recipe.model", "the tokenizer's chat template", i, f"fails: {error}") from None
+        raise
+
+
+_ended: set[tuple[str, str]] = set()  # templates and names with which a conversation was rendered within the limits
+
+
+def _examine(template: str, conversations: list[list[dict]], names: dict[str, str]) -> None:
+    # transformers renders in the same sandbox, but without limits: the first conversation shows whether it ever ends.
+    if (key := (template, json.dumps(names))) in _ended:
+        return
+    try:
+        render(template, conversations, names)
+        _ended.add(key)
     except InputError as error:
         said = error.problems[0].rule
         if "takes" in said or "writes" in said:  # what else is wrong, transformers says; it knows more tags than the sandbox

@@ -21,7 +21,10 @@ from typing import Any
 
 from benchmarks import record
 
-KINDS = {"two workers": (20, {"workers": 2, "cpus": 1}), "lightest": (200, {"workers": 1, "cpus": 0.01})}
+KINDS = {
+    "two workers": (20, {"workers": 2, "cpus": 1, "mode": "fresh"}),
+    "lightest": (200, {"workers": 1, "cpus": 0.01, "mode": "fresh"}),
+}
 QUICK = 2
 PATIENCE = 120.0  # seconds per stop after which a study counts as hanging
 LOOK = 0.1
