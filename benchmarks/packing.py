@@ -36,6 +36,7 @@ DATA = DataConfig(train="embedded:train.jsonl", template="{instruction}\nAnswer:
 SEATS, BATCHES = (1, 2, 4, 8), (1, 2, 4, 8, 16)
 ROUNDS, STEPS = 5, 6
 NOISE = (0.95, 1.05)
+NUDGES = 6
 
 
 class Operations(TorchDispatchMode):
@@ -152,13 +153,13 @@ def some(rng: random.Random, shared: dict) -> Recipe:
 
 
 def trained(
-    recipes: list[Recipe], rows: Tokenized, seats: int, kind: str, dtype: torch.dtype, *, wild: bool = False, nudged: bool = False
+    recipes: list[Recipe], rows: Tokenized, seats: int, kind: str, dtype: torch.dtype, *, wild: bool = False, nudged: int = 0
 ) -> list[dict]:  # fmt: skip
     """Returns the adapter of each recipe before and after training; they enter in order, as seats come free.
 
     Args:
         wild: there is a neighbour whose weights are infinite at once, and whose rate is absurd.
-        nudged: each begins with its weights changed in their last bit.
+        nudged: other than 0, each begins with weights that differ in their last bit, drawn with this seed.
     """
     packed = pack.Pack(recipes[0], describe(BASE.model), rows, seats=seats + wild, rank=16, dtype=dtype, kind=kind)
     if wild:
@@ -172,7 +173,9 @@ def trained(
             number, recipe = waiting.pop(0)
             seat = packed.enter(recipe, plan(recipe, rows, workers=1))
             if nudged:
-                packed.stack.arrays["weights"][0][seat.number] *= 1 + torch.finfo(dtype).eps
+                own = packed.stack.arrays["weights"][0][seat.number]  # each by its own: Adam does not see one factor for all
+                signs = torch.randint(-1, 2, own.shape, generator=torch.Generator().manual_seed(nudged), dtype=dtype)
+                own *= 1 + torch.finfo(dtype).eps * signs
             found[number]["before"], whose[seat.number] = packed.adapter(seat), number
         packed.tick()
         for seat in [seat for seat in packed.present if seat.done and seat.number in whose]:
@@ -194,8 +197,8 @@ def error(one: dict, other: dict) -> float:
 def errors(rows: Tokenized, packs: int, kind: str, dtype: torch.dtype, wanted: float) -> dict[str, Any]:
     """Returns the errors of trials in generated packs against the same trials alone, by the reference.
 
-    Of those above what is wanted, `last_bit` is the error of the same trial alone against itself, begun with weights that differ
-    in their last bit: what rounding comes to in that trial whoever computes it.
+    Of those above what is wanted, `last_bit` is the largest error of the same trial alone against itself, begun with weights that
+    differ in their last bit: what rounding comes to in that trial whoever computes it.
     """
     found, above = [], []
     for seed in range(packs):
@@ -207,8 +210,8 @@ def errors(rows: Tokenized, packs: int, kind: str, dtype: torch.dtype, wanted: f
             (alone,) = trained([recipe], rows, 1, "loop", dtype)
             found.append(error(mine, alone))
             if found[-1] > wanted:
-                (nudged,) = trained([recipe], rows, 1, "loop", dtype, nudged=True)
-                above.append({"error": found[-1], "last_bit": error(nudged, alone)})
+                nudged = [trained([recipe], rows, 1, "loop", dtype, nudged=i + 1)[0] for i in range(NUDGES)]
+                above.append({"error": found[-1], "last_bit": max(error(other, alone) for other in nudged)})
     return {"worst": max(found), "median": statistics.median(found), "trials": len(found), "above": above}
 
 
