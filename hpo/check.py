@@ -332,7 +332,9 @@ def _predict(spec: Spec, shapes: dict[str, Shape], rows: Rows, tokenized: Tokeni
         example = example or (f"{_brief(recipe, spec)}: {verdict.refusal}" if verdict.refusal else "")
         totals += [verdict.predicted] if verdict.predicted else []
     trained = pace.Rows(len(tokenized), int(tokenized.lengths().sum()))
-    best = seats(spec.recipe, shape, trained.mean, spec.resources)
+    device = "cuda" if spec.resources.gpus else "cpu"
+    usual = memory.predict(spec.recipe, shape, workers=spec.resources.workers, tokens_per_row=longest, device=device)
+    best = seats(spec.recipe, shape, trained.mean, spec.resources, memory=usual, room=spec.limits.peak_bytes)
     notes = [*advice(spec), *how_trials_run(spec, recipes, best), *rows.notes]
     if tokenized.cut:
         notes.append(
@@ -343,14 +345,7 @@ def _predict(spec: Spec, shapes: dict[str, Shape], rows: Rows, tokenized: Tokeni
         notes.append(f"{tokenized.dropped} training rows are longer than recipe.max_length and left out")
     return Findings(
         spec=spec, shape=shape, shapes=shapes, longest=lengths, rows=rows, tokens_per_row=longest, cut=tokenized.cut,
-        trained=trained, seats=best,
-        memory=memory.predict(
-            spec.recipe,
-            shape,
-            workers=spec.resources.workers,
-            tokens_per_row=longest,
-            device="cuda" if spec.resources.gpus else "cpu",
-        ),
+        trained=trained, seats=best, memory=usual,
         smallest=min(totals, default=None), largest=max(totals, default=None), refused=refusals / SAMPLED, example=example,
         notes=tuple(notes),
     )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from training.memory import Memory
 from training.model import Shape, match
 from training.recipe import Job, Recipe, Resources
 
@@ -68,17 +69,22 @@ class Seats:
     why: str
 
 
-def seats(recipe: Recipe, shape: Shape, row_tokens: float, resources: Resources) -> Seats:
+def seats(
+    recipe: Recipe, shape: Shape, row_tokens: float, resources: Resources, *, memory: Memory | None = None,
+    room: int | None = None,
+) -> Seats:  # fmt: skip
     """Returns how many recipes like this one should be trained at a time by one worker.
 
     A step takes the time to dispatch its operations and the time to compute them. A pack dispatches once for all its trials, so
-    it gains as long as dispatching is not small beside computing: as many seats as make it half of that.
+    it gains as long as dispatching is not small beside computing: as many seats as make it half of that, and as many as fit.
 
     Args:
         recipe: a usual one of the study.
         shape: of its base.
         row_tokens: mean tokens of a row.
         resources: of one worker.
+        memory: predicted of the recipe alone; in a pack the base's weights are there once.
+        room: bytes that a worker may take; None is not known.
     """
     device = "cuda" if resources.gpus else "cpu"
     cores = max(1, int(resources.cpus)) if device == "cpu" else 1
@@ -86,8 +92,11 @@ def seats(recipe: Recipe, shape: Shape, row_tokens: float, resources: Resources)
     dispatch = DISPATCH[device] * len(match(recipe.targets, shape))
     compute = 4 * tokens * (shape.linear_parameters + shape.vocabulary * shape.hidden / 3) / (RATE[device] * cores)
     count = min(MOST[device], max(1, math.ceil(2 * dispatch / compute)))
+    fits = max(1, int((room - memory.weights) // (memory.total - memory.weights))) if memory and room else count
+    short = f", as many as fit into {room / 1e9:.2f} GB" if fits < count else ""
+    count = min(count, fits)
     together = max if device == "cuda" else sum
     gain = together((dispatch, compute)) / together((dispatch / count, compute))
     why = (f"a step of {tokens:.0f} tokens takes about {1000 * dispatch:.1f} ms to dispatch and {1000 * compute:.1f} ms to "
-           f"compute: {count} at a time, {gain:.1f} times the tokens per second")  # fmt: skip
+           f"compute: {count} at a time{short}, {gain:.1f} times the tokens per second")  # fmt: skip
     return Seats(count, gain, why)

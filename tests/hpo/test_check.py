@@ -13,6 +13,7 @@ from hpo.errors import SpecError
 from hpo.gate import judge
 from hpo.spec import load
 from training.beside import seats
+from training.memory import predict
 from training.model import describe
 from training.recipe import Recipe, Resources
 
@@ -173,6 +174,10 @@ def test_it_says_how_trials_run_and_which_cannot_be_run_so(tmp_path, monkeypatch
     pays = seats(Recipe(model="embedded", batch_size=1), describe("embedded"), 35, Resources())
     assert pays.count == 8 and pays.gain > 2
     assert said(best=pays, mode="packed")[0].endswith(pays.why) and said(best=pays) == said()
+    usual = predict(Recipe(model="embedded", batch_size=1), describe("embedded"), tokens_per_row=40)
+    room = usual.weights + 3 * (usual.total - usual.weights)
+    tight = seats(Recipe(model="embedded", batch_size=1), describe("embedded"), 35, Resources(), memory=usual, room=room)
+    assert tight.count == 3 and tight.gain < pays.gain and "as many as fit" in said(best=tight, mode="packed")[0]
     full = seats(Recipe(model="embedded", batch_size=64), describe("embedded"), 100, Resources())
     assert (full.count, full.gain) == (1, 1.0) and said(best=full) == said()
     assert said(({}, {"zero_stage": 2}))[1].startswith("50 % of the trials get a group of their own: recipe.zero_stage: 2")
