@@ -126,8 +126,10 @@ def how_trials_run(spec: Spec, recipes: Sequence[Recipe], best: Seats | None = N
     said = ["worker groups stay up and take trial after trial"]
     said += [f"{_share(count, recipes)} get a group of their own: {reason}" for reason, count in alone.most_common(3)]
     workers = None if os.environ.get("RAY_ADDRESS") else math.floor((os.cpu_count() or 1) / (resources.cpus or 1))
-    chosen = best is not None and best.count > 1 and not parallel and resources.mode == "packed"
-    if resources.mode == "packed" or (parallel and workers and parallel > workers):
+    chosen = best is not None and not parallel and not resources.seats and resources.mode == "packed"
+    if chosen and best.count == 1:
+        said[0] += f", one at a time: {best.why}"
+    elif resources.mode == "packed" or (parallel and workers and parallel > workers):
         more = f": {parallel} at a time, and {workers} workers here" if parallel and workers else ""
         more = f": {best.why}" if chosen else more
         said[0] += f", several at once in each (packed){more}"

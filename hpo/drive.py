@@ -1,6 +1,6 @@
 """One trial of Ray Tune: hands a run in and passes on what is heard of it. In a process of its own, which loads little.
 
-Owns: `drive`. Must not know: searches, studies, how a run is done.
+Owns: `drive`, and `seat_of`, what it takes of the cluster. Must not know: searches, studies, how a run is done.
 """
 
 from __future__ import annotations
@@ -14,6 +14,22 @@ from training import own
 from training.desk import Groups
 from training.errors import InputError, WorkersFailed, WorkersLost
 from training.recipe import Job, Progress
+
+# Trials' processes compute nothing. A share of a CPU would come out of the cluster and could keep the last worker group waiting
+# for ever.
+HEAD = "node:__internal_head__"
+STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")  # all the same for one process
+SHARES = 25  # of the head node, in parts of 10,000
+
+
+def seat_of(config: dict) -> tune.PlacementGroupFactory:
+    """Returns the resources of a trial's own process: next to none, and other ones for each of 100 seats.
+
+    Tune hands a process from trial to trial only where their resources are equal: so each seat has one, and no other trial takes
+    it and has the process killed that was just being started for it.
+    """
+    share, strategy = divmod(config["seat"], len(STRATEGIES))
+    return tune.PlacementGroupFactory([{"CPU": 0, HEAD: (1 + share % SHARES) * 1e-4}], strategy=STRATEGIES[strategy])
 
 
 def drive(config: dict, groups: Groups, train: Callable | None, grace: float, brought: dict) -> None:

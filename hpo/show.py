@@ -193,10 +193,12 @@ def front_table(study: Study, members: list[Trial]):
 
 
 def _billed_line(study: Study, trials: list[Trial]) -> str:
-    billed, outcomes = sum(t.billed for t in trials), [t.outcome for t in trials if t.outcome]
-    steps = sum(outcome.seconds or 0.0 for outcome in outcomes)
+    outcomes = [t.outcome for t in trials if t.outcome and t.attempts]  # what was refused has predicted seconds
+    billed, steps = sum(t.billed for t in trials), sum(outcome.seconds or 0.0 for outcome in outcomes)
     if not billed or study.spec.evaluation.timing == "counted":
         return ""
+    if again := sum(t.attempts > 1 or "resumed_at" in (t.outcome.conditions if t.outcome else {}) for t in trials):
+        return f"Billed: {number(billed, 's')} of worker groups, without the earlier launches of {again} trials."
     if any("seats" in outcome.conditions for outcome in outcomes):
         return f"Billed: {number(billed, 's')} of worker groups, for training steps that take {number(steps, 's')} alone."
     if steps > billed:  # a simulation's

@@ -55,7 +55,7 @@ class Trial(Frozen):
 
     @property
     def billed(self) -> float:
-        """Seconds of a worker group that it took, with start-up, scores and all; its share where several were trained at once."""
+        """Seconds of a worker group that its last launch took, scores and all; its share where several were trained at once."""
         share = self.outcome.conditions.get("billed_seconds") if self.outcome else None
         return share if share is not None else (self.finished or 0.0) - (self.started or 0.0) if self.finished else 0.0
 

@@ -25,7 +25,7 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from hpo.drive import drive
+from hpo.drive import drive, seat_of
 from hpo.errors import BackendError, InputError, Problem
 from hpo.search import Search, job_of
 from serving.targets import haproxy
@@ -40,7 +40,6 @@ from training.workers import ENVIRONMENT
 
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # what `ray up` leaves on a head node
 GROWTH = "HPO_GROWTH"  # the same for clusters whose autoscaler does not say how far it goes, such as KubeRay's
-KINDS = 100  # of seats: shares of a node are counted in parts of 10,000, and all of them must fit into one
 SEATS = 4  # of a packed group where nothing says how many
 TRIES = 3  # of what is measured after the search, when workers are lost
 
@@ -224,7 +223,7 @@ def run_search(
         return
     course = _Course(search, data, parallel, groups.mailbox, on_change)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(drive, groups=groups, train=train, grace=grace, brought=own.now()), _driver),
+        tune.with_resources(tune.with_parameters(drive, groups=groups, train=train, grace=grace, brought=own.now()), seat_of),
         tune_config=tune.TuneConfig(
             search_alg=_Searcher(course), scheduler=_Scheduler(course), num_samples=-1, metric="share", mode="max",
             reuse_actors=True,
@@ -234,16 +233,6 @@ def run_search(
         ),
     )  # fmt: skip
     _fit(tuner, course)
-
-
-def _driver(config: dict) -> tune.PlacementGroupFactory:
-    """Returns the resources of a trial's own process: none that counts, and other ones for each seat.
-
-    The process drives its worker group and computes nothing; a share of a CPU would come out of the cluster and could keep the
-    last worker group waiting for ever. Tune hands a process from trial to trial only where their resources are equal: so each
-    seat has one, and no other trial takes it and has the process killed that was just being started for it.
-    """
-    return tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": (1 + config["seat"] % KINDS) * 1e-4}])
 
 
 def _fit(tuner: tune.Tuner, course: _Course) -> None:
@@ -418,8 +407,9 @@ class _Scheduler(FIFOScheduler):
 
     def on_trial_add(self, tune_controller, trial) -> None:
         # Tune keeps a process for the next trial only where that one is there already, and ours comes of what this one tells.
-        kept, seat = tune_controller._tune_controller._actor_cache, trial.placement_group_factory
-        if seat not in self._kept:
+        # It is a private part of Tune: a version without it works too, and starts more processes.
+        kept, seat = getattr(tune_controller._tune_controller, "_actor_cache", None), trial.placement_group_factory
+        if kept is not None and seat not in self._kept:
             self._kept.add(seat)
             kept.increase_max(seat)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,13 @@ MAY = {
 }
 # What an artifact is, how a base and an adapter are loaded; nothing of how they were made.
 SERVING_TAKES = {f"training.{name}" for name in ("artifact", "checkpoint", "errors", "merge", "model", "recipe")}
+
+
+def test_the_process_of_a_trial_loads_no_torch():
+    heavy = ("torch", "transformers", "hpo.tune", "hpo.search")
+    code = f"import sys, hpo.drive; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def files() -> list[Path]:

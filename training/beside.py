@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from training.memory import Memory
 from training.model import Shape, match
 from training.recipe import Job, Recipe, Resources
+
+if TYPE_CHECKING:
+    from training.memory import Memory
 
 # Of a step: seconds to dispatch its operations for each adapted layer, and operations per second of what computes. The first is
 # paid once for a pack, the second by each trial; on a CPU one after the other, on a GPU side by side (benchmarks/packing).

@@ -353,6 +353,8 @@ def _kept(recipe: Recipe, block: _Block, size: int, mask: int, load: Load) -> tu
             ahead = len(inputs) - block.out
             distinct = list(set(inputs)) if own is None else [block.hidden] * bool(ahead)
             distinct += [own] * (own is not None and (block.out or held) and load.apart)
+            # Of a feed-forward part that is adapted in part LLM.int8 keeps the input of the last layer all the same.
+            distinct += [block.wide] * (own is None and held and bool(inputs) and not block.down)
             added += size * sum(distinct)
         else:
             added += (size + mask) * sum(inputs)  # each adapter its own cast or dropped copy, and the mask

@@ -61,7 +61,7 @@ def suggest(
     pending = [trial.params for trial in history if trial.state == "running" and space.contains(trial.params)]
     tried = {trial.key for trial in history}
     seed = rng.getrandbits(32)
-    if choose(space, learned, model) == "gp":
+    if choose(space, learned, model, len(history)) == "gp":
         named = _gp.point(space, len(objectives), fewer(learned, GP_LESSONS, rng), pending, seed=seed)
         found = named if key(named) not in tried else _beside(space, named, tried, rng)
     else:
@@ -71,19 +71,22 @@ def suggest(
     return found or draw(space, history, rng)
 
 
-def choose(space: Space, learned: Sequence[Lesson], model: Model) -> Literal["gp", "tpe"]:
+def choose(space: Space, learned: Sequence[Lesson], model: Model, turn: int) -> Literal["gp", "tpe"]:
     """Returns the model for what was learned so far.
 
-    The process, as long as it is affordable (at most GP_LESSONS results and GP_DIMENSIONS dimensions), where the space is flat:
-    where dimensions exist at some points only it wastes its evidence, and the estimator is ahead (benchmarks/search, xgboost).
-    Without two results to interpolate between there is nothing to fit.
+    The process, as long as it is affordable (at most GP_LESSONS results and GP_DIMENSIONS dimensions), where the space is flat.
+    Where dimensions exist at some points only it wastes its evidence and the estimator is ahead, but the two by turns are ahead
+    of both (benchmarks/search, xgboost). Without two results to interpolate between there is nothing to fit.
+
+    Args:
+        turn: a number that grows with the study.
     """
     if sum(lesson.violation == 0 for lesson in learned) < 2:
         return "tpe"
     if model != "auto":
         return model
-    flat = not any(dimension.when for _, dimension in space.items())
-    return "gp" if flat and len(space) <= GP_DIMENSIONS and len(learned) <= GP_LESSONS else "tpe"
+    its_turn = turn % 2 == 1 or not any(dimension.when for _, dimension in space.items())
+    return "gp" if its_turn and len(space) <= GP_DIMENSIONS and len(learned) <= GP_LESSONS else "tpe"
 
 
 def _beside(space: Space, named: Params, tried: set, rng: Random) -> Params | None:

@@ -54,18 +54,18 @@ def test_the_front_survives_when_a_history_is_thinned_out():
     assert best in kept and fewer(learned, 100, rng) == learned
 
 
-def test_a_process_is_asked_in_a_flat_space_and_early_and_estimators_otherwise():
+def test_a_process_is_asked_early_by_turns_where_dimensions_are_conditional_and_estimators_otherwise():
     def told(count: int, space: Space = SPACE):
         rng = Random(0)
         return space, lessons(space, OBJECTIVES, [trial(i, space.sample(rng), 1, accuracy=i / 1000) for i in range(count)])
 
     conditional = Space({"targets": {"type": "choice", "values": ["mlp", "attention"]},
                          "rank": {"type": "int", "low": 1, "high": 64, "when": {"targets": "mlp"}}})  # fmt: skip
-    assert bayes.choose(*told(20), "auto") == "gp"
-    assert bayes.choose(*told(151), "auto") == "tpe"
-    assert bayes.choose(*told(20, conditional), "auto") == "tpe"
-    assert bayes.choose(*told(20, conditional), "gp") == "gp"
-    assert bayes.choose(*told(1), "gp") == "tpe"
+    assert [bayes.choose(*told(20), "auto", turn) for turn in (20, 21)] == ["gp", "gp"]
+    assert bayes.choose(*told(151), "auto", 151) == "tpe"
+    assert [bayes.choose(*told(20, conditional), "auto", turn) for turn in (20, 21)] == ["tpe", "gp"]
+    assert bayes.choose(*told(20, conditional), "gp", 20) == "gp"
+    assert bayes.choose(*told(1), "gp", 1) == "tpe"
 
 
 @pytest.mark.parametrize("model", ["gp", "tpe"])
