@@ -67,7 +67,8 @@ def _part(name: str, storage: Path, quick: bool) -> None:
     began, aside = time.monotonic(), storage / f".{name}.json"
     code = RUN.format(module=f"benchmarks.training.{name}")
     subprocess.run([sys.executable, "-c", code, "quick" if quick else "full", str(aside)], check=True)
-    found = json.loads(aside.read_text()) | {"took_seconds": round(time.monotonic() - began, 1)}
+    # A part that is there is taken over by a later run: it says of which commit it is.
+    found = json.loads(aside.read_text()) | {"took_seconds": round(time.monotonic() - began, 1), "commit": record.commit()}
     aside.write_text(json.dumps(found, indent=1))
     aside.replace(storage / f"{name}.json")
 
