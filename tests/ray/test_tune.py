@@ -129,13 +129,18 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
 @pytest.fixture(scope="module")
 def mixed(cluster, tmp_path_factory):
-    """Five trials, two at a time, four of them in trouble: all by number with curves, and the events."""
+    """Five trials, two at a time, four of them in trouble: all by number with curves, the events, Tune's processes for them."""
+
+    def started() -> int:
+        return sum("ImplicitFunc" in actor["ActorClassName"] for actor in ray._private.state.actors().values())
+
+    before = started()
     with a_search(tmp_path_factory.mktemp("mixed"), "mixed", 5, retries=1) as search:
         run(search, troubled, parallel=2)
         trials = search.store.trials(search.study.id, curves=True)
         events = search.store.events(search.study.id)
     assert_nothing_left()
-    return trials, events
+    return trials, events, started() - before
 
 
 def test_a_study_goes_on_past_trials_in_trouble(mixed):
@@ -147,7 +152,7 @@ def test_what_the_training_code_raises_is_kept_and_not_tried_again(mixed):
 
 
 def test_a_trial_whose_worker_is_killed_is_launched_again(mixed):
-    trials, events = mixed
+    trials, events, _ = mixed
     assert trials[2].attempts == 2
     assert [e["attempt"] for e in events if e["kind"] == "relaunched" and e["number"] == 2] == [2]
 
@@ -155,6 +160,10 @@ def test_a_trial_whose_worker_is_killed_is_launched_again(mixed):
 def test_a_trial_that_loses_its_worker_each_time_fails_with_the_cause(mixed):
     assert mixed[0][4].attempts == 2
     assert "worker process has died" in mixed[0][4].error
+
+
+def test_each_seat_has_one_process_of_tunes_whatever_becomes_of_its_trials(mixed):
+    assert mixed[2] == 2
 
 
 def test_running_out_of_memory_is_a_result_with_its_reason(mixed):
@@ -178,17 +187,6 @@ def test_with_one_slot_the_history_is_that_of_the_local_runner(tmp_path):
     with a_search(tmp_path / "local", "same", 3) as search:
         local.run_search(search, third_raises, search.spec.data)
         assert with_ray == history(search)
-
-
-def test_each_seat_has_one_process_of_tunes_however_short_its_trials_are(tmp_path):
-    def started():
-        return sum("ImplicitFunc" in actor["ActorClassName"] for actor in ray._private.state.actors().values())
-
-    before = started()
-    with a_search(tmp_path, "short", 9) as search:
-        run(search, simulate.train, parallel=3)
-        assert [t.state for t in search.store.trials(search.study.id)] == ["complete"] * 9
-    assert started() - before == 3
 
 
 def test_a_stop_ends_running_trials_and_the_study_continues(tmp_path):
