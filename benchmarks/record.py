@@ -17,13 +17,15 @@ from training.world import versions
 RESULTS = Path(__file__).parent / "results"
 
 
-def arguments(about: str) -> argparse.Namespace:
-    """Returns the options that all benchmarks share."""
+def arguments(about: str, parts: tuple[str, ...] = ()) -> argparse.Namespace:
+    """Returns the options that all benchmarks share; `only` is there where one has parts."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--quick", action="store_true", help="the smallest run that exercises everything; records nothing")
     parser.add_argument(
         "--storage", default=os.path.join(tempfile.gettempdir(), "paretune-benchmarks"), help="where it can be resumed"
     )
+    if parts:
+        parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="measure these parts alone; records nothing")
     return parser.parse_args()
 
 

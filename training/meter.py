@@ -38,10 +38,9 @@ class ByteCounter(TorchDispatchMode):
             self._add(tensor)
 
     def _add(self, tensor: torch.Tensor) -> None:
-        try:
-            storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # torch's ways to say that a kind of tensor (sparse, opaque) has none
+        if tensor.layout is not torch.strided:  # its indices and values are tensors of their own
             return
+        storage = tensor.untyped_storage()
         identity = storage._cdata
         if identity in self._seen:
             return

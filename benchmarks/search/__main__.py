@@ -9,13 +9,10 @@ need the bench extra (pip install -e '.[bench]') and the data in PARETUNE_SHARED
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 import json
-import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -38,13 +35,7 @@ TARGETS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="the smallest run that exercises everything; records nothing")
-    parser.add_argument(
-        "--storage", default=os.path.join(tempfile.gettempdir(), "paretune-benchmarks"), help="where it can be resumed"
-    )
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="measure these parts alone; records nothing")
-    options = parser.parse_args()
+    options = record.arguments(__doc__.split("\n")[0], PARTS)
     storage = Path(options.storage).absolute() / ("search-quick" if options.quick else "search")
     storage.mkdir(parents=True, exist_ok=True)
     parts = {}

@@ -9,13 +9,10 @@ same command goes on with the next.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
-import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -34,13 +31,7 @@ RUN = "import json, sys; from {module} import measure; open(sys.argv[2], 'w').wr
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="the smallest run that exercises everything; records nothing")
-    parser.add_argument(
-        "--storage", default=os.path.join(tempfile.gettempdir(), "paretune-benchmarks"), help="where it can be resumed"
-    )
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="measure these parts alone; records nothing")
-    options = parser.parse_args()
+    options = record.arguments(__doc__.split("\n")[0], PARTS)
     storage = Path(options.storage).absolute() / ("training-quick" if options.quick else "training")
     storage.mkdir(parents=True, exist_ok=True)
     present = [name for name in PARTS if name in options.only and importlib.util.find_spec(f"benchmarks.training.{name}")]

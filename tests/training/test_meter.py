@@ -96,3 +96,10 @@ def test_a_stopwatch_adds_up_what_was_between_start_and_stop():
 
 def test_the_speed_of_the_core_is_measured():
     assert 0 < gemm_seconds(64, 3) < 1
+
+
+def test_a_sparse_gradient_counts_by_its_parts():
+    weight = torch.zeros(1000, 4, requires_grad=True)
+    with count_bytes([weight]) as counter:
+        torch.nn.functional.embedding(torch.tensor([1, 2, 3]), weight, sparse=True).sum().backward()
+    assert weight.grad.is_sparse and 16_000 + 3 * 16 <= counter.peak < 17_000
