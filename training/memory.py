@@ -4,7 +4,7 @@ Owns: `predict` and its parts. Pure; works from the model's shape alone. Must no
 
 What is counted are the tensors of a training step, as `training.run.probe_bytes` counts them on a CPU and the allocator on
 a GPU; the interpreter, the libraries and the allocator's slack are not. Blocks are taken to be Llama's: two RMS norms, grouped
-attention through `scaled_dot_product_attention`, a gated feed-forward part. The test holds the result within 10 % of what
+attention through `scaled_dot_product_attention`, a gated feed-forward part. The test holds the result within 5 % of what
 is counted for such a model; for other blocks it is an estimate.
 """
 
